@@ -1,0 +1,29 @@
+"""Torch tensors over MPI: communicators, topology, shared memory, and the reducer.
+
+This package knows nothing of modules, gradients or optimizers, and it is the only one that imports mpi4py.
+Importing it does not start MPI; the first communicator does.
+"""
+
+from hpcpar.comm.bucket import BucketLayout, Slot, plan_buckets, view_slot
+from hpcpar.comm.communicator import Communicator, world
+from hpcpar.comm.mpi import MPI, threads_allowed
+from hpcpar.comm.reducer import Reducer, ReducerStats
+from hpcpar.comm.request import Request, wait_all
+from hpcpar.comm.topology import NodeMap, ProcessGrid
+
+__all__ = [
+    "MPI",
+    "BucketLayout",
+    "Communicator",
+    "NodeMap",
+    "ProcessGrid",
+    "Reducer",
+    "ReducerStats",
+    "Request",
+    "Slot",
+    "plan_buckets",
+    "threads_allowed",
+    "view_slot",
+    "wait_all",
+    "world",
+]

@@ -1,0 +1,436 @@
+"""The reducer: a sequence of buckets, summed over the ranks while the program goes on computing.
+
+It is a small state machine per bucket and step::
+
+    open --publish--> queued --(all lower ones sent)--> sent --progress--> done
+
+The program fills the flat tensor of a bucket and calls :meth:`Reducer.publish`. Buckets may be published in
+any order, which may differ between ranks; they are *sent* strictly in index order, because MPI wants
+collectives in one order. Everything after that happens in :meth:`Reducer.progress`, which never waits and is
+called by the program between its own work, by every waiting loop of this process
+(:mod:`hpcpar.comm.progress`), or by a thread of its own.
+
+When a bucket is done, its flat tensor holds the mean over the ranks, weighted if :meth:`Reducer.begin` was
+given weights. Until then nobody may touch it.
+
+A rank that has nothing to contribute publishes zeros; a rank that is late is named by whoever waits for it
+too long, with the bucket that it has not delivered.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING
+
+import torch
+
+from hpcpar.comm.bucket import BucketLayout
+from hpcpar.comm.mpi import MPI
+from hpcpar.comm.progress import ENGINE, Patience, wait_until
+from hpcpar.comm.progress_thread import ProgressThread
+from hpcpar.comm.request import Request
+from hpcpar.comm.roll_call import RollCall
+from hpcpar.comm.shared_memory import has_space
+from hpcpar.comm.staging import Staging
+from hpcpar.comm.transport import (
+    MessageTransport,
+    SharedMemoryTransport,
+    SingleTransport,
+    Transport,
+    segment_layout,
+)
+from hpcpar.errors import CommunicatorFreedError, HpcparError, MismatchError, RankFailedError
+
+if TYPE_CHECKING:
+    from hpcpar.comm.communicator import Communicator
+
+__all__ = ["Reducer", "ReducerStats", "TransportKind"]
+
+_LOG = logging.getLogger(__name__)
+
+
+class TransportKind(Enum):
+    """How buckets travel; see :mod:`hpcpar.comm.transport`."""
+
+    AUTO = "auto"
+    SHARED_MEMORY = "shared_memory"
+    MPI = "mpi"
+
+
+@dataclass(frozen=True)
+class ReducerStats:
+    """What the reductions of this rank have cost since the start.
+
+    Attributes
+    ----------
+    steps, buckets : int
+        Reductions begun; buckets in each.
+    bytes_reduced : int
+        Bytes of buckets that went into reductions.
+    communication_s : float
+        Seconds in reduction code of any kind: copying, summing, sending, waiting.
+    exposed_s : float
+        Seconds of these in which the program could only wait.
+    transport : str
+        ``"shared_memory"``, ``"shared_memory+rails"``, ``"mpi"`` or ``"none"`` (one rank).
+    """
+
+    steps: int
+    buckets: int
+    bytes_reduced: int
+    communication_s: float
+    exposed_s: float
+    transport: str
+
+
+class Reducer:
+    """Averages buckets over the ranks of a communicator. Collective to make and to free.
+
+    Parameters
+    ----------
+    comm
+        The ranks. The reducer sends on a duplicate.
+    layouts
+        The buckets; the same on every rank.
+    transport
+        ``"auto"`` takes shared memory where ranks share nodes and ``/dev/shm`` has room.
+    wire_dtype
+        A 16-bit type in which wider buckets cross the network; shared memory keeps their own.
+    devices
+        Device of each bucket's flat tensor, the host by default. Others are staged through pinned memory.
+    name
+        For error messages.
+
+    Attributes
+    ----------
+    flats : list of torch.Tensor
+        The flat tensor of each bucket, to be filled before ``publish``. They belong to the reducer.
+    """
+
+    def __init__(
+        self,
+        comm: Communicator,
+        layouts: Sequence[BucketLayout],
+        *,
+        transport: str = "auto",
+        wire_dtype: torch.dtype | None = None,
+        devices: Sequence[torch.device] | None = None,
+        name: str = "gradient reduction",
+    ) -> None:
+        self._comm = comm.Dup()
+        self._layouts = list(layouts)
+        self._name = name
+        self._transport, self._kind = _make_transport(self._comm, self._layouts, transport, wire_dtype)
+        self._stagings = [
+            Staging(host, device)
+            for host, device in zip(
+                self._transport.storage, devices or [torch.device("cpu")] * len(self._layouts), strict=True
+            )
+        ]
+        self.flats = [staging.flat for staging in self._stagings]
+        # Roll calls travel on the duplicate itself, on which nobody sends point-to-point messages.
+        self._roll_call = RollCall(self._comm.mpi) if self._comm.size > 1 else None
+        self._pids = self._comm.node.allgather(os.getpid())
+        self._busy = threading.Lock()
+        self._step = 0
+        self._scale = 1.0 / self._comm.size
+        self._weights: torch.Tensor | None = None
+        self._weights_request: Request | None = None
+        self._published = [False] * len(layouts)
+        self._sent = 0
+        self._pending: list[int] = []
+        self._done = [True] * len(layouts)
+        self._open = False
+        self._waiting = False
+        self._communication_s = self._exposed_s = 0.0
+        self._thread: ProgressThread | None = None
+
+    @property
+    def comm(self) -> Communicator:
+        """The reducer's own communicator; collectives on it must keep the order of all ranks. Local."""
+        return self._comm
+
+    @property
+    def step(self) -> int:
+        """Number of reductions begun. Local."""
+        return self._step
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is under way. Local."""
+        return not self._open and not self._pending
+
+    def begin(self, weight: float | None = None, *, active: bool = True) -> None:
+        """Start a reduction of all buckets. Collective, does not wait.
+
+        Parameters
+        ----------
+        weight
+            Of this rank in the mean; buckets must be filled with ``weight`` times the contribution. All
+            ranks give weights or none does (``None``: equal weights, nothing to multiply).
+        active
+            Weighted reductions count the active ranks, see :meth:`active_ranks`.
+
+        Raises
+        ------
+        HpcparError
+            When the previous reduction is still under way.
+        """
+        if self._transport.storage == [] and self._layouts:
+            raise CommunicatorFreedError("a reducer must not be used after free()")
+        if not self.is_idle:
+            raise HpcparError(
+                f"a reduction must be complete before the next begins, got step {self._step} still under way "
+                f"({self._where}). Did an exception end a backward pass half-way?"
+            )
+        self._step += 1
+        self._open = True
+        self._sent = 0
+        self._published = [False] * len(self._layouts)
+        self._done = [False] * len(self._layouts)
+        self._scale = 1.0 / self._comm.size
+        if weight is not None:
+            self._weights = torch.tensor([weight, float(active)], dtype=torch.float64)
+            self._weights_request = self._comm.Iallreduce(MPI.IN_PLACE, self._weights)
+
+    def active_ranks(self) -> int:
+        """Wait for the weights of a weighted reduction; how many ranks are active. Collective."""
+        if self._weights_request is not None:
+            self._weights_request.wait()
+            self._take_weights()
+        return self._comm.size if self._weights is None else int(self._weights[1])
+
+    def abandon(self) -> None:
+        """Drop the reduction that was begun, before any bucket was published. All ranks must. Local."""
+        if self._sent or any(self._published):
+            raise HpcparError(f"a reduction must not be abandoned after a bucket was published ({self._where})")
+        self._open = False
+        self._done = [True] * len(self._layouts)
+
+    def publish(self, bucket: int) -> None:
+        """Declare the contents of a bucket final; it is sent when all lower ones are. Never waits."""
+        start = time.perf_counter()
+        with self._busy:
+            self._published[bucket] = True
+            self._stagings[bucket].begin_out()
+            self._send_queued()
+            self._advance_pending()
+        self._communication_s += time.perf_counter() - start
+        if self._thread is not None:
+            self._thread.wake()
+
+    def progress(self) -> None:
+        """Send what can be sent, sum what can be summed. Never waits; safe from any thread. Local."""
+        if not self._pending and not self._open:
+            return
+        if not self._busy.acquire(blocking=False):
+            return  # another thread is at it
+        start = time.perf_counter()
+        try:
+            self._send_queued()
+            self._advance_pending()
+        finally:
+            self._busy.release()
+        if not self._waiting:
+            self._communication_s += time.perf_counter() - start
+
+    def is_done(self, bucket: int) -> bool:
+        """Whether the flat tensor of ``bucket`` holds the mean. Local."""
+        return self._done[bucket]
+
+    def wait(self, bucket: int) -> None:
+        """Wait until a bucket is done. Collective in effect: every rank must have published it.
+
+        Raises
+        ------
+        StalledError
+            At the deadline, naming the ranks that have not delivered.
+        RankFailedError
+            When a rank of this node has died.
+        """
+        if self._done[bucket]:
+            return
+        start = time.perf_counter()
+        self._waiting = True
+        try:
+            wait_until(lambda: self._try(bucket), _ReducerPatience(self, bucket))
+        finally:
+            self._waiting = False
+        elapsed = time.perf_counter() - start
+        self._communication_s += elapsed
+        self._exposed_s += elapsed
+
+    def wait_all(self) -> None:
+        """Wait until every bucket is done, as :meth:`wait`."""
+        for bucket in range(len(self._layouts)):
+            self.wait(bucket)
+
+    def use_progress_thread(self, wanted: bool) -> None:
+        """Start or stop a thread of this process that makes the progress. Local.
+
+        Raises
+        ------
+        HpcparError
+            When MPI does not allow several threads.
+        """
+        if wanted and self._thread is None and self._comm.size > 1:
+            self._thread = ProgressThread(self)
+        elif not wanted and self._thread is not None:
+            self._thread.stop()
+            self._thread = None
+
+    def stats(self) -> ReducerStats:
+        """What reductions have cost so far. Local."""
+        return ReducerStats(
+            steps=self._step,
+            buckets=len(self._layouts),
+            bytes_reduced=self._step * sum(layout.nbytes for layout in self._layouts),
+            communication_s=self._communication_s,
+            exposed_s=self._exposed_s,
+            transport=self._kind,
+        )
+
+    def account(self, seconds: float) -> None:
+        """Count time that a caller spent on its part of the communication, such as copies. Local."""
+        self._communication_s += seconds
+
+    def free(self) -> None:
+        """Give memory, thread and communicator back; a second call is fine. Collective."""
+        if self._comm.is_freed:
+            return
+        if self._thread is not None:
+            self._thread.stop()
+        ENGINE.discard(self)
+        self.flats = []
+        self._stagings = []
+        self._transport.free()
+        self._comm.Free()
+
+    @property
+    def _where(self) -> str:
+        return f"rank {self._comm.rank} of {self._comm.size}"
+
+    def _try(self, bucket: int) -> bool:
+        if not self._done[bucket]:
+            self.progress()
+        return self._done[bucket]
+
+    def _send_queued(self) -> None:
+        if self._weights_request is not None:
+            if not self._weights_request.advance():
+                return
+            self._take_weights()
+        while self._sent < len(self._layouts) and self._published[self._sent]:
+            if not self._stagings[self._sent].is_out():
+                return
+            if not self._pending:
+                ENGINE.add(self)
+            self._transport.publish(self._sent, self._step)
+            self._pending.append(self._sent)
+            self._sent += 1
+        if self._sent == len(self._layouts):
+            self._open = False
+
+    def _advance_pending(self) -> None:
+        if not self._pending:
+            return
+        left = []
+        for bucket in self._pending:
+            if self._transport.advance(bucket, self._step, self._scale):
+                self._stagings[bucket].bring_in()
+                self._done[bucket] = True
+            else:
+                left.append(bucket)
+        self._pending = left
+        if not left and not self._open:
+            ENGINE.discard(self)
+
+    def _take_weights(self) -> None:
+        assert self._weights is not None
+        self._weights_request = None
+        total = float(self._weights[0])
+        self._scale = 1.0 / total if total > 0.0 else 0.0
+
+    def _number(self, bucket: int) -> int:
+        """A number that grows with every bucket sent, for roll calls."""
+        return self._step * (len(self._layouts) + 1) + bucket
+
+    def _silent(self, bucket: int) -> list[int]:
+        """Ranks that owe something to ``bucket`` and have not said that they wait too."""
+        silent = [] if self._roll_call is None else self._roll_call.missing(self._number(bucket + 1))
+        verdicts = {
+            rank: self._transport.delivered(rank, bucket, self._step) for rank in range(self._comm.size)
+        }
+        guilty = [rank for rank in silent if verdicts[rank] is not True]
+        return guilty or [rank for rank, verdict in verdicts.items() if verdict is False]
+
+
+class _ReducerPatience(Patience):
+    """Asks around who waits for the same bucket, and looks for dead neighbours."""
+
+    def __init__(self, reducer: Reducer, bucket: int) -> None:
+        super().__init__(
+            f"{reducer._name}, bucket {bucket} of {len(reducer._layouts)} in step {reducer._step}",
+            missing=lambda: reducer._silent(bucket),
+            where=reducer._where,
+        )
+        self._reducer, self._bucket = reducer, bucket
+
+    def on_tick(self, waited_s: float, timeout_s: float) -> None:
+        """Exchange signs of life; raise for a rank of this node that has died."""
+        reducer = self._reducer
+        if reducer._roll_call is not None:
+            reducer._roll_call.tick(reducer._number(reducer._sent), waited_s, timeout_s)
+        members = reducer._comm.node_map.ranks_of(reducer._comm.node_rank)
+        dead = [rank for rank, pid in zip(members, reducer._pids, strict=True) if not _is_alive(pid)]
+        if dead:
+            raise RankFailedError(
+                dead, f"{self.operation}: {reducer._where} waits for ranks {dead}, whose processes have died"
+            )
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _make_transport(
+    comm: Communicator, layouts: Sequence[BucketLayout], transport: str, wire_dtype: torch.dtype | None
+) -> tuple[Transport, str]:
+    """The transport asked for, or the best that fits; the same on every rank. Collective."""
+    try:
+        kind = TransportKind(transport)
+    except ValueError:
+        choices = ", ".join(repr(kind.value) for kind in TransportKind)
+        raise MismatchError(f"transport must be one of {choices}, got {transport!r}") from None
+    if comm.size == 1:
+        return SingleTransport(layouts), "none"
+    shared = "shared_memory" if comm.num_nodes == 1 else "shared_memory+rails"
+    if kind is TransportKind.MPI or (kind is TransportKind.AUTO and comm.node_map.largest_node == 1):
+        return MessageTransport(comm, layouts, wire_dtype), "mpi"
+    _, nbytes = segment_layout(layouts)
+    if has_space(comm, nbytes):
+        return SharedMemoryTransport(comm, layouts, wire_dtype), shared
+    if kind is TransportKind.SHARED_MEMORY:
+        raise HpcparError(
+            f"transport='shared_memory' must find room for {nbytes / 2**20:.1f} MiB per rank in /dev/shm on "
+            f"every node, got less. Enlarge it (docker: --shm-size) or use transport='auto'"
+        )
+    if comm.rank == 0:
+        _LOG.warning(
+            "/dev/shm has no room for %.1f MiB per rank on every node; gradients go by MPI messages, which is "
+            "slower. Enlarge it (docker: --shm-size).",
+            nbytes / 2**20,
+        )
+    return MessageTransport(comm, layouts, wire_dtype), "mpi"

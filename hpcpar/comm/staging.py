@@ -1,0 +1,71 @@
+"""Staging: a bucket on a GPU and its copy in pinned host memory.
+
+Gradients are written where the model lives, and summed on the host. A bucket on the host needs no copy:
+its flat tensor *is* the transport's storage. On a GPU the flat tensor is device memory, the storage is
+page-locked, and one asynchronous copy each way connects them.
+
+Invariant: the copy out is ordered after the kernels that filled the bucket (same stream), and the storage
+counts as filled only when its event has passed. The copy in is enqueued on the stream of the device, so that
+kernels that the program enqueues later see the mean; the host need not wait for it.
+"""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["Staging"]
+
+
+class Staging:
+    """Connects the flat tensor of a bucket to its storage on the host.
+
+    Parameters
+    ----------
+    storage
+        Flat host tensor that the transport reduces.
+    device
+        Where the bucket's own flat tensor lives; the host itself means no copy.
+    separate
+        Copy even on the host; for tests of the staged path.
+
+    Attributes
+    ----------
+    flat : torch.Tensor
+        The bucket's tensor, on ``device``.
+    """
+
+    def __init__(self, storage: torch.Tensor, device: torch.device, *, separate: bool = False) -> None:
+        self._storage = storage
+        self._copies = separate or device.type != "cpu"
+        self._event: torch.cuda.Event | None = None
+        self._on_gpu = device.type == "cuda"
+        self.flat = torch.zeros_like(storage, device=device) if self._copies else storage
+        if self._on_gpu and storage.numel():
+            pin(storage)
+
+    def begin_out(self) -> None:
+        """Start to copy the bucket to the host, after what fills it. Local."""
+        if not self._copies:
+            return
+        self._storage.copy_(self.flat, non_blocking=self._on_gpu)
+        if self._on_gpu:
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(torch.cuda.current_stream(self.flat.device))
+            self._event = event
+
+    def is_out(self) -> bool:
+        """Whether the storage holds the bucket. Local."""
+        return self._event is None or bool(self._event.query())  # type: ignore[no-untyped-call]
+
+    def bring_in(self) -> None:
+        """Copy the result to the bucket; later work on its device sees it. Local."""
+        if self._copies:
+            self.flat.copy_(self._storage, non_blocking=self._on_gpu)
+
+
+def pin(storage: torch.Tensor) -> None:
+    """Page-lock host memory that CUDA did not allocate, so that copies are asynchronous. Local.
+
+    A driver that refuses (locked-memory limits) leaves the memory as it is: copies are slower, not wrong.
+    """
+    torch.cuda.cudart().cudaHostRegister(storage.data_ptr(), storage.nbytes, 0)  # type: ignore[no-untyped-call]

@@ -1,0 +1,293 @@
+"""How one bucket is summed over the ranks: through shared memory, or by MPI's own messages.
+
+A :class:`Transport` holds the flat storage of all buckets on this rank and answers three questions of the
+reducer: *publish* (this rank's contents are final), *advance* (do what can be done now; is the sum there?)
+and *absent* (who has not delivered yet?). It never waits.
+
+Shared memory, here for two nodes of two ranks, bucket cut into one slice per local index::
+
+        node 0                            node 1
+    rank 0  [a0|a1]                   rank 2  [c0|c1]          filled[r][b] = step  on both boards
+    rank 1  [b0|b1]                   rank 3  [d0|d1]
+    rank 0: a0+b0  ---- rail 0 Iallreduce ----  rank 2: c0+d0   each owner sums its slice in rank order,
+    rank 1: a1+b1  ---- rail 1 Iallreduce ----  rank 3: c1+d1   then the rails reduce all slices at once
+    rank 0 writes slice 0 into both segments, rank 1 slice 1    reduced[r][b] = step
+
+Invariant (who may touch a segment now): before ``filled[r][b] = s`` only rank *r*. From then on rank *i* of
+the node alone touches slice *i* of all segments, until it raises ``reduced[i][b] = s``. When all owners
+have, segment *r* belongs to rank *r* again. A rank that is a step ahead writes only what is its own, so no
+barrier is needed between steps.
+
+Each element is summed once per node, in one place and in rank order, and copied: replicas are bitwise
+equal. 16-bit sums are accumulated in float32.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from hpcpar.comm.bucket import BucketLayout
+from hpcpar.comm.buffers import accumulation_dtype
+from hpcpar.comm.mpi import MPI
+from hpcpar.comm.ordered_reduction import slice_bounds
+from hpcpar.comm.request import Request
+from hpcpar.comm.shared_memory import CACHE_LINE_BYTES, FlagBoard, SharedWindow
+
+if TYPE_CHECKING:
+    from hpcpar.comm.communicator import Communicator
+
+__all__ = ["MessageTransport", "SharedMemoryTransport", "SingleTransport", "Transport"]
+
+_BLOCK_BYTES = 128 * 1024
+_ALIGN_ELEMENTS = 64
+
+
+class Transport(ABC):
+    """Sums buckets over the ranks of a communicator; see the module's description."""
+
+    storage: list[torch.Tensor]
+
+    @abstractmethod
+    def publish(self, bucket: int, step: int) -> None:
+        """This rank's contents of ``bucket`` are final for ``step``. In index order on every rank."""
+
+    @abstractmethod
+    def advance(self, bucket: int, step: int, scale: float) -> bool:
+        """Go on with a published bucket; whether ``storage`` holds the sum times ``scale`` now."""
+
+    @abstractmethod
+    def delivered(self, rank: int, bucket: int, step: int) -> bool | None:
+        """Whether ``rank`` has done its part of ``bucket``; ``None`` when that cannot be seen from here."""
+
+    def free(self) -> None:
+        """Give back what was allocated. Collective."""
+        self.storage = []
+
+
+class SingleTransport(Transport):
+    """One rank: nothing to do but to scale."""
+
+    def __init__(self, layouts: Sequence[BucketLayout]) -> None:
+        self.storage = [torch.zeros(layout.numel, dtype=layout.dtype) for layout in layouts]
+
+    def publish(self, bucket: int, step: int) -> None:
+        """Nothing to announce."""
+
+    def advance(self, bucket: int, step: int, scale: float) -> bool:
+        """The sum over one rank is there."""
+        if scale != 1.0:
+            self.storage[bucket].mul_(scale)
+        return True
+
+    def delivered(self, rank: int, bucket: int, step: int) -> bool:
+        """Nobody is late."""
+        return True
+
+
+class MessageTransport(Transport):
+    """MPI's ``Iallreduce`` over all ranks, one per bucket.
+
+    Parameters
+    ----------
+    comm
+        A communicator on which nobody else starts collectives.
+    layouts
+        The buckets.
+    wire_dtype
+        Narrower type to send in, ``None`` for the bucket's own.
+    """
+
+    def __init__(
+        self, comm: Communicator, layouts: Sequence[BucketLayout], wire_dtype: torch.dtype | None
+    ) -> None:
+        self._comm = comm
+        self._wire_dtype = wire_dtype
+        self.storage = [torch.zeros(layout.numel, dtype=layout.dtype) for layout in layouts]
+        self._flights: dict[int, WireReduction] = {}
+
+    def publish(self, bucket: int, step: int) -> None:
+        """Start the message."""
+        self._flights[bucket] = WireReduction(self._comm, self.storage[bucket], self._wire_dtype)
+
+    def advance(self, bucket: int, step: int, scale: float) -> bool:
+        """Look whether it has arrived."""
+        if not self._flights[bucket].test():
+            return False
+        del self._flights[bucket]
+        self.storage[bucket].mul_(scale)
+        return True
+
+    def delivered(self, rank: int, bucket: int, step: int) -> bool | None:
+        """MPI does not tell."""
+        return None
+
+
+class WireReduction:
+    """An ``Iallreduce`` of a flat tensor in place, in a narrower type if one is given. Collective."""
+
+    def __init__(self, comm: Communicator, flat: torch.Tensor, wire_dtype: torch.dtype | None) -> None:
+        self._flat = flat
+        narrow = wire_dtype is not None and flat.dtype.itemsize > wire_dtype.itemsize
+        self._wire = flat.to(wire_dtype) if narrow else flat
+        self._request: Request = comm.Iallreduce(MPI.IN_PLACE, self._wire)
+
+    def test(self) -> bool:
+        """Whether the sum is in the flat tensor. Local."""
+        if not self._request.advance():
+            return False
+        if self._wire is not self._flat:
+            self._flat.copy_(self._wire)
+        return True
+
+
+class SharedMemoryTransport(Transport):
+    """Slices summed in shared memory, and over the rails where there are several nodes.
+
+    Parameters
+    ----------
+    comm
+        All ranks; nobody else starts collectives on its rails.
+    layouts
+        The buckets.
+    wire_dtype
+        Narrower type for the rails; shared memory keeps the bucket's own.
+    """
+
+    def __init__(
+        self, comm: Communicator, layouts: Sequence[BucketLayout], wire_dtype: torch.dtype | None
+    ) -> None:
+        node = comm.node
+        self._comm, self._node = comm, node
+        self._rail = comm.rail if comm.num_nodes > 1 else None
+        self._wire_dtype = wire_dtype
+        # Every node must cut buckets alike, so the smallest node decides how many owners there are.
+        self._owners = range(comm.node_map.smallest_node)
+        self._flights: dict[int, WireReduction] = {}
+        self._scratches: dict[torch.dtype, torch.Tensor] = {}
+        self._summed = [0] * len(layouts)  # step of the last sum of my slice
+        self._next_rail = 0  # rails start buckets in index order, the same on every node
+        offsets, nbytes = segment_layout(layouts)
+        self._filled, self._reduced = 0, len(layouts)
+        self._window = SharedWindow(node, nbytes)
+        self._board = FlagBoard(self._window, node, offsets[-1], 2 * len(layouts))
+        self.storage = [
+            self._window.tensor(node.rank, offset, layout.numel, layout.dtype)
+            for offset, layout in zip(offsets, layouts, strict=False)
+        ]
+        self._slices = [
+            self._slice_blocks(layout, offset) for offset, layout in zip(offsets, layouts, strict=False)
+        ]
+
+    def _slice_blocks(self, layout: BucketLayout, offset: int) -> list[list[torch.Tensor]]:
+        """My slice of a bucket as cache-sized blocks, each a view into every segment of the node."""
+        if self._node.rank not in self._owners:
+            return []
+        start, end = slice_bounds(layout.numel, len(self._owners), _ALIGN_ELEMENTS)[self._node.rank]
+        step = _BLOCK_BYTES // layout.dtype.itemsize
+        segments = [
+            self._window.tensor(rank, offset, layout.numel, layout.dtype)[start:end]
+            for rank in range(self._node.size)
+        ]
+        return [list(block) for block in zip(*(torch.split(segment, step) for segment in segments), strict=True)]
+
+    def publish(self, bucket: int, step: int) -> None:
+        """Raise my flag."""
+        self._board.raise_flag(self._filled + bucket, step)
+
+    def advance(self, bucket: int, step: int, scale: float) -> bool:
+        """Sum my slice when all have filled, then look whether the other owners have done theirs."""
+        if self._summed[bucket] < step:
+            self._sum(bucket, step, scale)
+        return self._board.all_reached(self._reduced + bucket, step, self._owners)
+
+    def _sum(self, bucket: int, step: int, scale: float) -> None:
+        if bucket in self._flights:
+            if self._flights[bucket].test():
+                del self._flights[bucket]
+                self._spread(bucket, scale)
+                self._finish(bucket, step)
+            return
+        if self._rail is not None and bucket != self._next_rail:
+            return
+        if not self._board.all_reached(self._filled + bucket, step):
+            return
+        if self._node.rank not in self._owners:
+            self._summed[bucket] = step
+        elif self._rail is None:
+            for block in self._slices[bucket]:
+                total = add_in_order(block, self._scratch(block[0].dtype)).mul_(scale)
+                for segment in block:
+                    segment.copy_(total)
+            self._finish(bucket, step)
+        else:
+            for block in self._slices[bucket]:
+                block[self._node.rank].copy_(add_in_order(block, self._scratch(block[0].dtype)))
+            self._flights[bucket] = WireReduction(self._rail, self._own_slice(bucket), self._wire_dtype)
+        self._next_rail = (bucket + 1) % len(self._slices)
+
+    def _scratch(self, dtype: torch.dtype) -> torch.Tensor:
+        """A block in the type that ``dtype`` is summed in; it stays in the cache."""
+        if dtype not in self._scratches:
+            count = _BLOCK_BYTES // dtype.itemsize
+            self._scratches[dtype] = torch.empty(count, dtype=accumulation_dtype(dtype) or dtype)
+        return self._scratches[dtype]
+
+    def _own_slice(self, bucket: int) -> torch.Tensor:
+        flat = self.storage[bucket]
+        start, end = slice_bounds(flat.numel(), len(self._owners), _ALIGN_ELEMENTS)[self._node.rank]
+        return flat[start:end]
+
+    def _spread(self, bucket: int, scale: float) -> None:
+        """Copy the result, which is in my segment, into the others of the node."""
+        for block in self._slices[bucket]:
+            own = block[self._node.rank]
+            own.mul_(scale)
+            for other in block:
+                if other is not own:
+                    other.copy_(own)
+
+    def _finish(self, bucket: int, step: int) -> None:
+        self._summed[bucket] = step
+        self._board.raise_flag(self._reduced + bucket, step)
+
+    def delivered(self, rank: int, bucket: int, step: int) -> bool | None:
+        """Read the board for the ranks of this node."""
+        members = self._comm.node_map.ranks_of(self._comm.node_rank)
+        if rank not in members:
+            return None
+        local = members.index(rank)
+        filled = self._board.read(local, self._filled + bucket) >= step
+        return filled and (local not in self._owners or self._board.read(local, self._reduced + bucket) >= step)
+
+    def free(self) -> None:
+        """Free the window."""
+        super().free()
+        self._slices = []
+        self._board.free()
+        self._window.free()
+
+
+def segment_layout(layouts: Sequence[BucketLayout]) -> tuple[list[int], int]:
+    """Byte offset of each bucket in a segment and, last, of the flags; and the size of it all. Local."""
+    offsets = [0]
+    for layout in layouts:
+        offsets.append(offsets[-1] + -(-layout.nbytes // CACHE_LINE_BYTES) * CACHE_LINE_BYTES)
+    return offsets, offsets[-1] + FlagBoard.nbytes(2 * len(layouts))
+
+
+def add_in_order(block: Sequence[torch.Tensor], scratch: torch.Tensor) -> torch.Tensor:
+    """Sum equally long flat tensors, first to last, into the beginning of ``scratch``. Local."""
+    total = scratch[: block[0].numel()]
+    if len(block) == 1 or total.dtype != block[0].dtype:
+        total.copy_(block[0])
+        rest = block[1:]
+    else:
+        torch.add(block[0], block[1], out=total)
+        rest = block[2:]
+    for part in rest:
+        total.add_(part)
+    return total

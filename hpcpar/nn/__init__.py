@@ -1,0 +1,6 @@
+"""Modules that are trained by many ranks together."""
+
+from hpcpar.nn.batch_norm import SyncBatchNorm, convert_sync_batchnorm
+from hpcpar.nn.data_parallel import DataParallel
+
+__all__ = ["DataParallel", "SyncBatchNorm", "convert_sync_batchnorm"]

@@ -1,0 +1,341 @@
+"""Data parallelism: every rank trains the same model on its own part of the batch.
+
+``DataParallel`` wraps a module so that after ``backward()`` the ``.grad`` of every parameter is the mean
+over the ranks; any optimizer then does the same step everywhere, and the replicas stay bitwise equal. The
+work is done elsewhere: :mod:`~hpcpar.nn.gradient_reduction` knows about autograd,
+:mod:`hpcpar.comm.reducer` about ranks. This file is about the module: equal models at the start, buffers,
+when not to synchronise, copies.
+
+Three modes::
+
+    default                             bucket by bucket during backward; backward() returns the mean
+    blocking_parameter_updates=True     each gradient is reduced inside its hook
+    optimizer=DataParallelOptimizer     backward() returns at once; each parameter is updated just before
+                                        the next forward first reads it
+
+Buffers (running statistics) of rank 0 reach all ranks at the end of every synchronised backward in which
+they changed on any rank, so that ``eval()`` and ``state_dict()`` agree everywhere and never communicate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import nn
+
+from hpcpar.comm import MPI, ReducerStats, world
+from hpcpar.errors import HpcparError, MismatchError
+from hpcpar.nn.gradient_reduction import GradientReduction, ReductionOptions, tensors_in
+from hpcpar.nn.model_signature import check_same_model
+from hpcpar.nn.sparse_gradients import sparse_parameters
+
+if TYPE_CHECKING:
+    from hpcpar.comm import Communicator
+
+__all__ = ["DataParallel", "OverlappingOptimizer"]
+
+_AVERAGES = ("ranks", "samples")
+
+
+class OverlappingOptimizer(Protocol):
+    """An optimizer that updates parameters when they are next read, as their gradients arrive."""
+
+    def attach(self, gradients: GradientReduction) -> None:
+        """Take over the waiting for the gradients of a model. Local."""
+
+    def finish(self) -> None:
+        """Wait for everything that is under way and apply it. Collective in effect."""
+
+
+class DataParallel(nn.Module):
+    """A module that is trained by all ranks together. Collective to make and to ``free``.
+
+    Parameters
+    ----------
+    module
+        The model, on the host or on this rank's GPU. Parameters and buffers of rank 0 are broadcast into
+        it; nothing else of it, and no random state, changes.
+    comm
+        The ranks, ``hpcpar.comm.world()`` by default. The model uses a duplicate.
+    optimizer
+        A :class:`hpcpar.optim.DataParallelOptimizer` to overlap the reduction with the next forward;
+        ``None`` for any other optimizer.
+    blocking_parameter_updates
+        Reduce each gradient inside its hook instead of in the background.
+    bucket_mb
+        Size in MiB at which a bucket of gradients is sent.
+    broadcast_buffers
+        Keep the buffers of all ranks equal to rank 0's.
+    wire_dtype
+        ``torch.bfloat16`` or ``torch.float16``: gradients cross the network in this type (they are summed
+        in float32). Shared memory keeps their own type.
+    transport
+        ``"auto"``, ``"shared_memory"`` or ``"mpi"``; see :class:`hpcpar.comm.Reducer`.
+    progress
+        ``"hooks"``: progress is made when gradients arrive. ``"thread"``: by a thread. ``"auto"``: measured
+        in the first steps where each rank has more than one core, else hooks.
+
+    Attributes
+    ----------
+    module : torch.nn.Module
+        The wrapped model. Attributes that this class lacks are looked up there.
+
+    Raises
+    ------
+    MismatchError
+        On every rank, when the ranks' models differ.
+
+    Examples
+    --------
+    >>> model = hpcpar.nn.DataParallel(net)
+    >>> loss_fn(model(x), y).backward()  # .grad is the mean over ranks
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        comm: Communicator | None = None,
+        optimizer: OverlappingOptimizer | None = None,
+        blocking_parameter_updates: bool = False,
+        *,
+        bucket_mb: float | None = None,
+        broadcast_buffers: bool = True,
+        wire_dtype: torch.dtype | None = None,
+        transport: str = "auto",
+        progress: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.module = module
+        self._comm: Communicator | None = world() if comm is None else comm
+        self._optimizer = optimizer
+        self._broadcast_buffers = broadcast_buffers
+        self._options = ReductionOptions(
+            bucket_mb=bucket_mb,
+            blocking=blocking_parameter_updates,
+            wire_dtype=wire_dtype,
+            transport=transport,
+            progress=progress,
+        )
+        self._reset()
+        check_same_model(module, self._comm)
+        self._broadcast_state(0)
+        self._reduce_gradients()
+
+    def _reset(self) -> None:
+        self._gradients: GradientReduction | None = None
+        self._trainable: list[bool] = []
+        self._synchronize = True
+        self._samples = 0
+        self._freed = False
+
+    # Running ---------------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the wrapped module. Local, except for the first training forward of a copy."""
+        if not torch.is_grad_enabled() or self._freed:
+            return self.module(*args, **kwargs)
+        self._prepare()
+        self._samples += _batch_size(args, kwargs)
+        output = self.module(*args, **kwargs)
+        if self._gradients is not None:
+            self._gradients.watch(output)
+        return output
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Accumulate gradients on this rank only; the next backward outside reduces the sum. Local."""
+        before, self._synchronize = self._synchronize, False
+        self._apply_synchronize()
+        try:
+            yield
+        finally:
+            self._synchronize = before
+            self._apply_synchronize()
+
+    @contextmanager
+    def join(
+        self, average: str = "ranks", *, optimizer: torch.optim.Optimizer | None = None
+    ) -> Iterator[None]:
+        """Train on unequal numbers of batches: ranks that run out take part until the last has.
+
+        Parameters
+        ----------
+        average
+            ``"ranks"``: the mean over the ranks that still have batches. ``"samples"``: weighted by the
+            number of samples, which is the first axis of the first tensor that was passed to the model since
+            the last backward.
+        optimizer
+            Steps it with every step that this rank sits out, so that its state (momentum) stays equal on
+            all ranks too. Without it, parameters and buffers of the rank that trained longest are broadcast
+            at the end.
+
+        Notes
+        -----
+        Collective: all ranks enter and leave.
+        """
+        if average not in _AVERAGES:
+            raise MismatchError(f"average must be 'ranks' or 'samples', got {average!r}")
+        gradients = self._gradients
+        if gradients is None:
+            yield
+            return
+        gradients.weight = self._take_samples if average == "samples" else lambda: 1.0
+        steps = gradients.reducer.step
+        try:
+            yield
+            steps = gradients.reducer.step - steps
+            self._finish_updates()
+            while gradients.shadow_step():
+                if optimizer is not None:
+                    optimizer.step()
+                    optimizer.zero_grad()
+            comm = gradients.reducer.comm
+            _, root = comm.allreduce((steps, -comm.rank), MPI.MAX)
+            if optimizer is None:
+                self._broadcast_state(-root)
+        finally:
+            gradients.weight = None
+
+    def stats(self) -> ReducerStats:
+        """Bytes, buckets, and seconds of communication of this rank so far. Local."""
+        if self._gradients is None:
+            return ReducerStats(0, 0, 0, 0.0, 0.0, "none")
+        return self._gradients.stats()
+
+    def free(self) -> None:
+        """Give windows and communicators back. The wrapped module works on, without ranks. Collective."""
+        self._finish_updates()
+        if self._gradients is not None:
+            self._gradients.free()
+        self._gradients = None
+        self._freed = True
+
+    # Attributes and copies -------------------------------------------------------------------------------
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "module":
+                raise
+            return getattr(self.module, name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._finish_updates()
+        state = self.__dict__.copy()
+        state.update(_gradients=None, _comm=None, _optimizer=None)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._reset()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DataParallel:
+        import copy
+
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        twin._comm = self._comm
+        return twin
+
+    # Parts -----------------------------------------------------------------------------------------------
+
+    def _prepare(self) -> None:
+        """Before a training forward: is the reduction there, does it fit the model, is it idle?"""
+        inside_backward = torch._C._current_graph_task_id() != -1
+        if self._gradients is not None and self._gradients.is_open and not inside_backward:
+            raise HpcparError(
+                "a backward pass must end before the next forward, got one that an exception has ended "
+                "half-way: other ranks may have reduced gradients that this one has not. Restart the job from "
+                "a checkpoint"
+            )
+        trainable = [parameter.requires_grad for parameter in self.module.parameters()]
+        if trainable != self._trainable and not inside_backward:
+            if self._comm is None:
+                self._comm = world()
+            self._finish_updates()
+            if self._gradients is not None:
+                self._gradients.free()
+            check_same_model(self.module, self._comm)
+            self._reduce_gradients()
+
+    def _reduce_gradients(self) -> None:
+        """Make the reduction for the parameters that are trainable now. Collective."""
+        assert self._comm is not None
+        self._trainable = [parameter.requires_grad for parameter in self.module.parameters()]
+        if self._comm.size == 1 or not any(self._trainable):
+            self._gradients = None
+            return
+        self._gradients = GradientReduction(
+            [(name, p) for name, p in self.module.named_parameters() if p.requires_grad],
+            sparse_parameters(self.module),
+            list(self.module.buffers()) if self._broadcast_buffers else [],
+            self._comm,
+            self._options,
+        )
+        self._gradients.after_end = self._synchronize_buffers
+        self._apply_synchronize()
+        if self._optimizer is not None:
+            self._optimizer.attach(self._gradients)
+
+    def _apply_synchronize(self) -> None:
+        if self._gradients is not None:
+            self._gradients.synchronize = self._synchronize
+
+    def _take_samples(self) -> float:
+        samples, self._samples = self._samples, 0
+        return float(samples)
+
+    def _finish_updates(self) -> None:
+        if self._optimizer is not None:
+            self._optimizer.finish()
+
+    def _synchronize_buffers(self, changed: Sequence[int]) -> None:
+        """Copy the buffers that changed from rank 0; not while joining, when rank 0 may have left."""
+        assert self._gradients is not None
+        if changed and self._gradients.weight is None:
+            buffers = list(self.module.buffers())
+            broadcast_packed([buffers[index] for index in changed], self._gradients.reducer.comm, 0)
+
+    def _broadcast_state(self, root: int) -> None:
+        comm = self._comm if self._gradients is None else self._gradients.reducer.comm
+        assert comm is not None
+        broadcast_packed([*self.module.parameters(), *self.module.buffers()], comm, root)
+
+
+def broadcast_packed(tensors: Sequence[torch.Tensor], comm: Communicator, root: int) -> None:
+    """Copy tensors of any shapes and dtypes from ``root``, in messages of some megabytes. Collective."""
+    if comm.size == 1:
+        return
+    group: list[torch.Tensor] = []
+    size = 0
+    for tensor in tensors:
+        group.append(tensor.detach())
+        size += tensor.nbytes
+        if size >= 16 << 20:
+            _broadcast_group(group, comm, root)
+            group, size = [], 0
+    if group:
+        _broadcast_group(group, comm, root)
+
+
+def _broadcast_group(tensors: Sequence[torch.Tensor], comm: Communicator, root: int) -> None:
+    flats = [tensor.contiguous().cpu().reshape(-1).view(torch.uint8) for tensor in tensors]
+    packed = torch.cat(flats)
+    comm.Bcast(packed, root)
+    if comm.rank == root:
+        return
+    for tensor, part in zip(tensors, torch.split(packed, [flat.numel() for flat in flats]), strict=True):
+        # A copy, because a part may start at an address that its dtype does not allow.
+        tensor.copy_(part.clone().view(tensor.dtype).view(tensor.shape))
+
+
+def _batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Length of the first axis of the first tensor."""
+    for tensor in tensors_in([*args, *kwargs.values()]):
+        return tensor.shape[0] if tensor.dim() else 1
+    return 0

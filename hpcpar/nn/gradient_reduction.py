@@ -1,0 +1,334 @@
+"""From autograd to the reducer: when a gradient is ready, where it goes, and when it is the mean.
+
+Every trainable parameter has a slot in a bucket of the reducer, in reverse order of registration, which is
+about the order in which backward finishes them. A hook runs after autograd has accumulated a gradient: it
+moves the gradient into its slot, makes ``.grad`` a view of it, and publishes the bucket when the last of its
+parameters has fired. When the outermost backward ends, a callback settles what is left::
+
+    backward        fire w3  fire w2 | fire w1  fire w0 |  end of backward
+    buckets               publish 0  |        publish 1 |  unfired parameters, tail, wait
+    reducer                 ---- bucket 0 ---   ---- bucket 1 ----   -- tail --
+
+*The tail* is one more bucket, with a number per parameter (did it get a gradient on this rank?) and per
+buffer (did it change?). Its mean tells every rank which parameters were used anywhere; those that were not
+keep ``grad is None``. A parameter that did not fire contributes the gradient it already has, else zero.
+
+Invariants:
+
+* Between publish and completion nobody but the reducer touches a slot. So a bucket is published only when
+  each of its parameters has fired as often as it did in the previous backward (a tied parameter under
+  reentrant checkpointing fires several times), and in the first backward only at its end. One that fires
+  more often than it ever did raises an error.
+* The callback is queued from the hook of an output of the model, which runs in the outermost backward; one
+  queued from a parameter's hook inside a reentrant checkpoint would run too early.
+* Every rank publishes every bucket in every synchronised backward, whatever its graph looked like.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from hpcpar.comm import BucketLayout, Reducer, ReducerStats, plan_buckets, view_slot
+from hpcpar.errors import HpcparError
+from hpcpar.nn.progress_trial import ProgressTrial
+from hpcpar.nn.sparse_gradients import average_sparse
+
+if TYPE_CHECKING:
+    from hpcpar.comm import Communicator
+
+__all__ = ["GradientReduction", "ReductionOptions"]
+
+_MIB = 1 << 20
+
+
+class ReductionOptions:
+    """How gradients are reduced; the keyword options of :class:`~hpcpar.nn.DataParallel`."""
+
+    def __init__(
+        self,
+        *,
+        bucket_mb: float | None,
+        blocking: bool,
+        wire_dtype: torch.dtype | None,
+        transport: str,
+        progress: str,
+    ) -> None:
+        self.bucket_bytes = 0 if blocking else int((8.0 if bucket_mb is None else bucket_mb) * _MIB)
+        self.blocking = blocking
+        self.wire_dtype = wire_dtype
+        self.transport = transport
+        self.progress = progress
+
+
+class GradientReduction:
+    """Averages the gradients of some parameters over ranks, as backward produces them.
+
+    Parameters
+    ----------
+    named_parameters
+        Trainable parameters with their names, each once, in order of registration.
+    sparse
+        Those of them whose gradients are sparse tensors.
+    buffers
+        Tensors whose changes are watched for in the tail.
+    comm
+        The ranks.
+    options
+        How.
+
+    Notes
+    -----
+    Collective to make and to free. The reducer itself is made by the first backward if ``lazy``, so that a
+    copy of a model which never trains costs nothing and waits for nobody.
+    """
+
+    def __init__(
+        self,
+        named_parameters: Sequence[tuple[str, nn.Parameter]],
+        sparse: Sequence[nn.Parameter],
+        buffers: Sequence[torch.Tensor],
+        comm: Communicator,
+        options: ReductionOptions,
+    ) -> None:
+        sparse_ids = {id(parameter) for parameter in sparse}
+        dense = [(name, p) for name, p in reversed(named_parameters) if id(p) not in sparse_ids]
+        self._names = [name for name, _ in dense]
+        self.parameters = [parameter for _, parameter in dense]
+        self._sparse = list(sparse)
+        self._buffers = list(buffers)
+        self._options = options
+        self.synchronize = True
+        self.weight: Callable[[], float] | None = None
+        self.overlapped: Callable[[], None] | None = None
+        self.before_begin: Callable[[], None] = lambda: None
+        self.after_end: Callable[[Sequence[int]], None] = lambda changed: None
+        self._layouts, self.reducer = self._make_reducer(comm, options)
+        self._views = [torch.empty(0)] * len(self.parameters)
+        self._bucket_of = [0] * len(self.parameters)
+        for bucket, layout in enumerate(self._layouts):
+            for slot in layout.slots:
+                self._views[slot.index] = view_slot(
+                    self.reducer.flats[bucket], slot, self.parameters[slot.index]
+                )
+                self._bucket_of[slot.index] = bucket
+        self._tail = len(self._layouts)
+        self._trial = ProgressTrial(self.reducer, options.progress)
+        self._versions = [buffer._version for buffer in self._buffers]
+        self._expected: list[int] | None = None
+        self._fired = [0] * len(self.parameters)
+        self._left: list[int] = []
+        self._open = False
+        self._resolved = [True] * len(self._layouts)
+        self._handles = [add_hook(p, self._make_hook(index)) for index, p in enumerate(self.parameters)]
+        self._handles += [add_hook(p, self._sparse_hook) for p in self._sparse]
+
+    def _make_reducer(
+        self, comm: Communicator, options: ReductionOptions
+    ) -> tuple[list[BucketLayout], Reducer]:
+        layouts = plan_buckets(self.parameters, options.bucket_bytes)
+        tail = BucketLayout(torch.float32, max(1, len(self.parameters) + len(self._buffers)))
+        devices = [self.parameters[layout.slots[0].index].device for layout in layouts]
+        reducer = Reducer(
+            comm,
+            [*layouts, tail],
+            transport=options.transport,
+            wire_dtype=options.wire_dtype,
+            devices=[*devices, torch.device("cpu")],
+        )
+        return layouts, reducer
+
+    @property
+    def buckets(self) -> list[list[nn.Parameter]]:
+        """The parameters of each bucket. Local."""
+        return [[self.parameters[slot.index] for slot in layout.slots] for layout in self._layouts]
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a backward has begun and not ended. Local."""
+        return self._open
+
+    def stats(self) -> ReducerStats:
+        """What reductions have cost. Local."""
+        return self.reducer.stats()
+
+    def watch(self, outputs: object) -> None:
+        """Notice when backward reaches an output of the model. Local."""
+        for tensor in tensors_in(outputs):
+            if tensor.requires_grad:
+                tensor.register_hook(self._on_output_gradient)  # type: ignore[no-untyped-call]
+
+    def wait(self, bucket: int) -> None:
+        """Wait for the mean of a bucket, and put it in ``.grad``. Collective in effect."""
+        if self._resolved[bucket]:
+            return
+        self.reducer.wait(bucket)
+        self.reducer.wait(self._tail)
+        used = self.reducer.flats[self._tail].tolist()
+        for slot in self._layouts[bucket].slots:
+            parameter = self.parameters[slot.index]
+            parameter.grad = self._views[slot.index] if used[slot.index] > 0.0 else None
+        self._resolved[bucket] = True
+
+    def wait_all(self) -> None:
+        """Wait for all buckets, as :meth:`wait`."""
+        for bucket in range(len(self._layouts)):
+            self.wait(bucket)
+
+    def shadow_step(self) -> bool:
+        """Take part in one reduction with nothing to contribute; false when no rank is active. Collective."""
+        self.before_begin()
+        self.reducer.begin(0.0, active=False)
+        if self.reducer.active_ranks() == 0:
+            self.reducer.abandon()
+            return False
+        for bucket, flat in enumerate(self.reducer.flats):
+            flat.zero_()
+            self.reducer.publish(bucket)
+        self._resolved = [False] * len(self._layouts)
+        self.wait_all()
+        self._average_sparse(0.0)
+        return True
+
+    def free(self) -> None:
+        """Remove the hooks, detach the gradients from the buckets, free the reducer. Collective."""
+        for handle in self._handles:
+            handle.remove()
+        for parameter, view in zip(self.parameters, self._views, strict=True):
+            if parameter.grad is not None and parameter.grad.data_ptr() == view.data_ptr():
+                parameter.grad = parameter.grad.clone()
+        self._views = []
+        self.reducer.free()
+
+    # Hooks -----------------------------------------------------------------------------------------------
+
+    def _on_output_gradient(self, gradient: torch.Tensor) -> None:
+        if self.synchronize and not self._open:
+            self._begin()
+
+    def _sparse_hook(self, parameter: torch.Tensor) -> None:
+        if self.synchronize and not self._open:
+            self._begin()
+
+    def _make_hook(self, index: int) -> Callable[[torch.Tensor], None]:
+        def hook(parameter: torch.Tensor) -> None:
+            if self.synchronize:
+                self._on_gradient(index)
+
+        return hook
+
+    def _on_gradient(self, index: int) -> None:
+        if not self._open:
+            self._begin()
+        start = time.perf_counter()
+        self._fill(index)
+        self._fired[index] += 1
+        self.reducer.account(time.perf_counter() - start)
+        if self._expected is None:
+            return
+        bucket = self._bucket_of[index]
+        surplus = self._fired[index] - self._expected[index]
+        if surplus == 0:
+            self._left[bucket] -= 1
+            if self._left[bucket] == 0:
+                self._publish(bucket)
+                return
+        elif surplus > 0 and self._left[bucket] == 0:
+            raise HpcparError(
+                f"parameter {self._names[index]!r} must get its gradient as often in each backward, got it for "
+                f"the {self._fired[index]}. time after {self._expected[index]} in the backward before, when its "
+                "bucket had been sent. Use torch.utils.checkpoint with use_reentrant=False"
+            )
+        self.reducer.progress()
+
+    def _begin(self) -> None:
+        self.before_begin()
+        self._trial.begin_step()
+        self._weight = None if self.weight is None else self.weight()
+        self.reducer.begin(self._weight)
+        self._open = True
+        self._fired = [0] * len(self.parameters)
+        self._left = [len(layout.slots) for layout in self._layouts]
+        self._unpublished = set(range(len(self._layouts)))
+        self._resolved = [False] * len(self._layouts)
+        engine: Any = torch.autograd.Variable._execution_engine
+        engine.queue_callback(self._end)
+
+    def _fill(self, index: int) -> None:
+        parameter, view = self.parameters[index], self._views[index]
+        gradient = parameter.grad
+        if gradient is None or gradient.data_ptr() == view.data_ptr():
+            return
+        view.copy_(gradient if gradient.layout is torch.strided else gradient.to_dense())
+        parameter.grad = view
+
+    def _publish(self, bucket: int) -> None:
+        if self._weight is not None:
+            self.reducer.flats[bucket].mul_(self._weight)
+        self._unpublished.discard(bucket)
+        self.reducer.publish(bucket)
+        if self._options.blocking:
+            for lower in range(bucket + 1):
+                if lower in self._unpublished:
+                    break  # strictly in order: the rest can only be waited for later
+                self.reducer.wait(lower)
+
+    def _end(self) -> None:
+        """The outermost backward is over: settle everything. Queued by :meth:`_begin`."""
+        used = [1.0] * len(self.parameters)
+        for index, times in enumerate(self._fired):
+            if times:
+                continue
+            if self.parameters[index].grad is None:
+                self._views[index].zero_()
+                used[index] = 0.0
+            else:
+                self._fill(index)
+        changed = [float(b._version != v) for b, v in zip(self._buffers, self._versions, strict=True)]
+        self._expected = [max(times, 1) for times in self._fired]
+        for bucket in sorted(self._unpublished):
+            self._publish(bucket)
+        self.reducer.flats[self._tail].copy_(torch.tensor([*used, *changed] or [1.0]))
+        self.reducer.publish(self._tail)
+        self._open = False
+        self._average_sparse(1.0 if self._weight is None else self._weight)
+        self._exchange_buffers()
+        if self.overlapped is not None:
+            self.overlapped()
+        else:
+            self.wait_all()
+
+    def _exchange_buffers(self) -> None:
+        if not self._buffers:
+            return
+        self.reducer.wait(self._tail)
+        flags = self.reducer.flats[self._tail][len(self.parameters) :].tolist()
+        changed = [index for index, flag in enumerate(flags[: len(self._buffers)]) if flag > 0.0]
+        self.after_end(changed)
+        self._versions = [buffer._version for buffer in self._buffers]
+
+    def _average_sparse(self, weight: float) -> None:
+        for parameter in self._sparse:
+            average_sparse(parameter, self.reducer.comm, weight)
+
+
+def add_hook(parameter: nn.Parameter, hook: Callable[[torch.Tensor], None]) -> Any:
+    """Call ``hook`` whenever autograd has accumulated a gradient in ``parameter``. Local."""
+    return parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+
+
+def tensors_in(value: object) -> list[torch.Tensor]:
+    """All tensors in nested tuples, lists, dicts and dataclasses. Local."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        return [tensor for item in value.values() for tensor in tensors_in(item)]
+    if isinstance(value, (list, tuple, set)):
+        return [tensor for item in value for tensor in tensors_in(item)]
+    if hasattr(value, "__dataclass_fields__"):
+        return [tensor for field in value.__dataclass_fields__ for tensor in tensors_in(getattr(value, field))]
+    return []

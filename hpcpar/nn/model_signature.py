@@ -1,0 +1,56 @@
+"""Do all ranks have the same model? Asked once, before anything is broadcast into it.
+
+Ranks that were given different models, by a seed, a flag or a stale file, would exchange gradients of
+different meaning or hang. Each rank describes its parameters and buffers in one line each; if the digests
+differ, the lines are gathered and every rank raises the same error, which shows the first difference.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from hpcpar.errors import MismatchError
+
+if TYPE_CHECKING:
+    from hpcpar.comm import Communicator
+
+__all__ = ["check_same_model", "describe"]
+
+
+def describe(module: nn.Module) -> list[str]:
+    """One line for each parameter and buffer: name, shape, dtype, trainable. Local."""
+    lines = [
+        f"parameter {name} {tuple(p.shape)} {p.dtype} {'trainable' if p.requires_grad else 'frozen'}"
+        for name, p in module.named_parameters()
+    ]
+    return lines + [f"buffer {name} {tuple(b.shape)} {b.dtype}" for name, b in module.named_buffers()]
+
+
+def check_same_model(module: nn.Module, comm: Communicator) -> None:
+    """Raise on every rank when the models of the ranks differ. Collective.
+
+    Raises
+    ------
+    MismatchError
+        Names the first rank that differs from rank 0 and what it has instead.
+    """
+    lines = describe(module)
+    digests = comm.allgather(hashlib.sha256("\n".join(lines).encode()).hexdigest())
+    if len(set(digests)) == 1:
+        return
+    other = next(rank for rank, digest in enumerate(digests) if digest != digests[0])
+    first, second = comm.bcast(lines, 0), comm.bcast(lines, other)
+    place = next(
+        (index for index, pair in enumerate(zip(first, second, strict=False)) if pair[0] != pair[1]),
+        min(len(first), len(second)),
+    )
+    shown = [part[place] if place < len(part) else "nothing more" for part in (first, second)]
+    raise MismatchError(
+        f"the model must be the same on all ranks, got {len(first)} parameters and buffers on rank 0 and "
+        f"{len(second)} on rank {other}; first difference: {shown[0]!r} on rank 0, {shown[1]!r} on rank "
+        f"{other}. Build it from the same code and options everywhere (seeds may differ: rank 0's values are "
+        "broadcast)."
+    )
