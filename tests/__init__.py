@@ -1,0 +1,1 @@
+"""The tests of hpcpar; conftest.py says how they run, matrix.py on what."""

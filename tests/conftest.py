@@ -1,0 +1,110 @@
+"""What every test gets: the ranks in step, a time limit, equal seeds and a fresh communicator.
+
+Under ``mpirun`` every rank runs every test and a test is collective; agreement.py makes its outcome the same
+on all ranks. Without ``mpirun`` only what needs no other rank runs, and ``tests/launched``, whose tests start
+``mpirun`` themselves and so must not be ranks. MPI is initialised only where it is used.
+
+A test over its limit (120 s, or its ``timeout_s`` mark) ends the run: all ranks print the stacks of all their
+threads, and a little later exit. Both are done in C, by a signal handler and a thread that needs no
+interpreter lock, so they work when Python is stuck in an MPI call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import random
+import signal
+import zlib
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.agreement import FAILED, InStep
+from tests.launching import launched_rank
+
+LAUNCHED = Path(__file__).resolve().parent / "launched"
+LIMIT_S = 120.0
+LAST_WORDS_S = 2.0
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--large", action="store_true", help="run the tests that need much memory or time")
+
+
+@pytest.hookimpl(trylast=True)  # after pytest-mpi, which would report on MPI at length
+def pytest_configure(config: pytest.Config) -> None:
+    # A copy of stderr, made while pytest has no file in its place: stacks go to the screen.
+    faulthandler.register(signal.SIGALRM, file=os.dup(2), all_threads=True)
+    if launched_rank() is not None:
+        config.option.with_mpi = True  # pytest-mpi's --with-mpi, so that nobody need remember it
+        config.pluginmanager.register(InStep(), "in-step")
+
+
+# ---- which tests run ---------------------------------------------------------------------------------------
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    return True if launched_rank() is not None and collection_path == LAUNCHED else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.is_relative_to(LAUNCHED):
+            item.add_marker("launch")
+        if "large" in item.keywords and not config.getoption("--large"):
+            item.add_marker(pytest.mark.skip(reason="needs much memory or time: --large"))
+        if "cuda" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+# ---- time limit --------------------------------------------------------------------------------------------
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
+    mark = item.get_closest_marker("timeout_s")
+    limit_s = float(mark.args[0]) if mark else LIMIT_S
+    # First all ranks print; only then may one exit, since that makes mpirun kill the others.
+    with open(os.devnull, "w") as nowhere:
+        signal.setitimer(signal.ITIMER_REAL, limit_s)
+        faulthandler.dump_traceback_later(limit_s + LAST_WORDS_S, exit=True, file=nowhere)
+        try:
+            return (yield)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+# ---- fixtures ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def equal_seeds(request: pytest.FixtureRequest) -> None:
+    """Seed torch, numpy and random with the test's name: equal on all ranks, and from run to run."""
+    seed = zlib.crc32(request.node.nodeid.encode())
+    torch.manual_seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 - the global generator is what code under test may use
+    random.seed(seed)
+
+
+@pytest.fixture
+def comm(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """A Communicator over all ranks that no other test has touched."""
+    from mpi4py import MPI
+
+    import hpcpar
+
+    mpi_comm = MPI.COMM_WORLD.Dup()
+    communicator = hpcpar.comm.Communicator(mpi_comm)
+    yield communicator
+    if request.node.stash.get(FAILED, False):
+        return  # messages may still be under way: rather leak it than free it under them
+    with contextlib.suppress(hpcpar.errors.CommunicatorFreedError):  # a test may have freed it
+        communicator.Free()
+    mpi_comm.Free()

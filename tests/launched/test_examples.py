@@ -1,0 +1,130 @@
+"""The examples as a user runs them: the curve of one process on 2 and 4 ranks; mistakes that end the job."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.examples.idx_files import idx_bytes, write_set
+from tests.launching import LaunchResult, launch
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+# 150 is no multiple of 7, 7 is odd, and 3 is less than 4: short last batches, unequal and empty slices.
+DIGITS = ["--limit", "150", "--epochs", "2", "--batch-size", "7", "--no-plot"]
+MODEL = ["--layers", "2", "--width", "16", "--heads", "2", "--context", "16"]
+TEXT = [*MODEL, "--limit", "20000", "--steps", "12", "--batch-size", "3", "--warmup", "2"]
+TEXT += ["--eval-every", "4", "--eval-windows", "9", "--clip", "0", "--no-plot"]
+MODES = {"plain": [], "blocking": ["--blocking"], "overlap": ["--forward-overlap"]}
+
+
+def run(example: str, ranks: int, *arguments: str) -> LaunchResult:
+    result = launch(ranks, EXAMPLES / example, *arguments, timeout_s=55.0)
+    assert not result.timed_out, result.stderr
+    return result
+
+
+def history(example: str, ranks: int, output: Path, *arguments: str) -> dict[str, Any]:
+    result = run(example, ranks, *arguments, "--output", str(output))
+    assert result.returncode == 0, result.stderr
+    content: dict[str, Any] = json.loads((output / "history.json").read_text())
+    assert content["world_size"] == ranks
+    return content
+
+
+def losses(rows: list[dict[str, Any]]) -> list[float]:
+    return [row[name] for row in rows for name in row if name.endswith(("loss", "accuracy"))]
+
+
+@pytest.fixture(scope="module")
+def digits_reference(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """The curve of one process."""
+    return losses(history("train_digits.py", 1, tmp_path_factory.mktemp("digits"), *DIGITS)["epochs"])
+
+
+@pytest.fixture(scope="module")
+def text_reference(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """The curve of one process."""
+    return losses(history("train_text.py", 1, tmp_path_factory.mktemp("text"), *TEXT)["evaluations"])
+
+
+@pytest.mark.parametrize(
+    ("mode", "ranks"), [("plain", 2), ("plain", 4), ("blocking", 2), ("overlap", 1), ("overlap", 4)]
+)
+def test_digits_learn_as_in_one_process(
+    digits_reference: list[float], tmp_path: Path, mode: str, ranks: int
+) -> None:
+    epochs = history("train_digits.py", ranks, tmp_path, *DIGITS, *MODES[mode])["epochs"]
+    assert losses(epochs) == pytest.approx(digits_reference, rel=1e-3)
+
+
+@pytest.mark.parametrize(("mode", "ranks"), [("plain", 2), ("plain", 4), ("overlap", 4)])
+def test_text_is_learnt_as_in_one_process(
+    text_reference: list[float], tmp_path: Path, mode: str, ranks: int
+) -> None:
+    evaluations = history("train_text.py", ranks, tmp_path, *TEXT, *MODES[mode])["evaluations"]
+    assert losses(evaluations) == pytest.approx(text_reference, rel=1e-3)
+
+
+def test_clipping_is_the_same_on_every_number_of_ranks(text_reference: list[float], tmp_path: Path) -> None:
+    # Adam undoes a constant factor of the gradient unless its elements are as small as its epsilon, 1e-8.
+    curves = [
+        losses(history("train_text.py", ranks, tmp_path / str(ranks), *TEXT, "--clip", "1e-8")["evaluations"])
+        for ranks in (1, 2)
+    ]
+    assert curves[1] == pytest.approx(curves[0], rel=1e-3)
+    assert curves[0] != pytest.approx(text_reference, rel=1e-3)
+
+
+def test_digits_write_one_line_per_epoch_and_a_picture(tmp_path: Path) -> None:
+    result = run("train_digits.py", 2, "--limit", "60", "--epochs", "2", "--output", str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert [line.split()[:2] for line in lines[:2]] == [["epoch", "1"], ["epoch", "2"]]
+    assert lines[2].startswith("final test accuracy")
+    assert lines[-1].endswith("curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+def test_text_prints_a_sample_of_the_bytes_asked_for(tmp_path: Path) -> None:
+    result = run("train_text.py", 2, *TEXT, "--sample", "25", "--bf16", "--output", str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("--- sample") == 1
+
+
+def test_digits_read_a_folder_of_idx_files(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 6, 6))
+    write_set(tmp_path, "train", pixels, np.arange(20) % 3)
+    write_set(tmp_path, "t10k", pixels, np.arange(20) % 3)
+    arguments = ["--data", str(tmp_path), "--epochs", "1", "--no-plot"]
+    assert len(history("train_digits.py", 2, tmp_path / "out", *arguments)["epochs"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("example", "arguments", "message"),
+    [
+        ("train_digits.py", ["--data", "nowhere"], "nowhere is not a folder"),
+        ("train_digits.py", ["--epochs", "0"], "must be at least 1, got 0"),
+        ("train_text.py", ["--text", "nowhere"], "no such folder"),
+        ("train_text.py", ["--limit", "100"], "too short"),
+        ("train_text.py", ["--heads", "3"], "--heads 3 must divide --width 128"),
+    ],
+)
+def test_mistake_ends_all_ranks_with_one_message(example: str, arguments: list[str], message: str) -> None:
+    result = run(example, 2, *arguments)
+    assert result.returncode != 0
+    assert result.stderr.count(message) == 1
+    assert "Traceback" not in result.stderr
+    assert result.duration_s < 60
+
+
+def test_damaged_idx_file_is_named_once(tmp_path: Path) -> None:
+    images = np.zeros((4, 3, 3))
+    write_set(tmp_path, "train", images, np.zeros(4))
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(idx_bytes(images)[:-1])
+    result = run("train_digits.py", 2, "--data", str(tmp_path))
+    assert result.returncode != 0
+    assert result.stderr.count("train-images-idx3-ubyte: truncated") == 1

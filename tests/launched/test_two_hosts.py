@@ -1,0 +1,101 @@
+"""What crosses the network between two real hosts: as much as between two nodes, not between four ranks."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.hosts import Hosts, why_not
+from tests.launching import find_launcher
+
+SCRIPT = """
+import json
+import time
+
+import torch
+import hpcpar
+
+NUMEL, STEPS = 1 << 20, 3
+comm = hpcpar.comm.world()
+
+
+class Four(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.parts = torch.nn.ParameterList([torch.zeros(NUMEL // 4) for _ in range(4)])
+
+    def forward(self, x):
+        return sum((part * x).sum() for part in self.parts)
+
+
+def crossed():
+    for line in open("/proc/net/dev"):
+        if "eth0" in line:
+            numbers = line.split(":")[1].split()
+            return int(numbers[0]), int(numbers[8])
+
+
+def step(model):
+    model.zero_grad()
+    model(torch.ones(1) * (comm.rank + 1)).backward()
+
+
+for wire_dtype in (None, torch.bfloat16):
+    model = hpcpar.nn.DataParallel(Four(), comm, wire_dtype=wire_dtype)
+    step(model)
+    comm.Barrier()
+    time.sleep(0.3)
+    before = crossed()
+    for _ in range(STEPS):
+        step(model)
+    comm.Barrier()
+    time.sleep(0.3)
+    after = crossed()
+    mean = (comm.size + 1) / 2
+    assert all((p.grad == mean).all() for p in model.parameters())
+    facts = {
+        "nodes": comm.num_nodes,
+        "transport": model.stats().transport,
+        "gradients": [
+            (b - a) / STEPS / (NUMEL * (4 if wire_dtype is None else 2)) for a, b in zip(before, after)
+        ],
+    }
+    everyone = comm.gather(facts)
+    if comm.rank == 0:
+        print("FACTS " + json.dumps(everyone), flush=True)
+    model.free()
+"""
+
+
+@pytest.mark.timeout_s(150)
+def test_one_gradient_crosses_the_link_each_way(tmp_path: Path) -> None:
+    reason = why_not()
+    if reason:
+        pytest.skip(reason)
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    with (
+        Hosts(2, rate="1gbit") as hosts,
+        hosts.job(
+            find_launcher(),
+            2,
+            [sys.executable, str(script)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env={"HPCPAR_TIMEOUT_S": "60"},
+        ) as job,
+    ):
+        output = job.process.communicate(timeout=120)[0].decode()
+    assert job.process.returncode == 0, output
+    results = [json.loads(line[6:]) for line in output.splitlines() if line.startswith("FACTS ")]
+    assert len(results) == 2, output
+    for ranks in results:
+        for facts in ranks:
+            assert facts["nodes"] == 2
+            assert facts["transport"] == "shared_memory+rails"
+            for share in facts["gradients"]:  # received, sent; protocol headers take some percent
+                assert 0.9 < share < 1.3, results
