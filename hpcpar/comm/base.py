@@ -11,6 +11,7 @@ call collectives of one communicator in the same order, so the numbers agree wit
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +52,7 @@ class CommunicatorBase:
         self._size: int = mpi.Get_size()
         self._collectives = 0
         self._roll_call = RollCall(control) if control is not None else None
+        self._staged: weakref.WeakSet[Request] = weakref.WeakSet()  # need us until they are complete
         self._tags = int(mpi.Get_attr(MPI.TAG_UB) or 32767)
 
     @property

@@ -80,7 +80,7 @@ def view_slot(flat: torch.Tensor, slot: Slot, like: torch.Tensor) -> torch.Tenso
     """A view of ``flat`` with the dtype and shape of ``like``, and its strides if these are dense. Local."""
     part = flat[slot.offset : slot.offset + slot.length]
     if like.is_complex():
-        part = torch.view_as_complex(part.view(-1, 2))
+        part = torch.view_as_complex(part.view(slot.length // 2, 2))
     if like.numel() and _is_dense(like):
         return part.as_strided(like.shape, like.stride(), part.storage_offset())
     return part.view(like.shape)

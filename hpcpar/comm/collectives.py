@@ -411,7 +411,7 @@ class Collectives(CommunicatorBase):
         receive: Sequence[torch.Tensor | None],
         deliver: Any,
     ) -> Request:
-        return OrderedReduction(
+        reduction = OrderedReduction(
             operation,
             self._collective_patience,
             self._control,
@@ -423,6 +423,8 @@ class Collectives(CommunicatorBase):
             deliver=deliver,
             limit=self._count_limit,
         )
+        self._staged.add(reduction)
+        return reduction
 
     def _reduce_scatter(self, sendbuf: Buffer, recvbuf: Buffer, op: Op) -> Request:
         operation, op = "Reduce_scatter_block", MPI.SUM if op is None else op

@@ -21,8 +21,9 @@ import torch
 from hpcpar.comm.buffers import COUNT_LIMIT
 from hpcpar.comm.mpi import MPI
 from hpcpar.comm.objects import ObjectMessages
+from hpcpar.comm.request import wait_all
 from hpcpar.comm.topology import NodeMap, cores_per_rank
-from hpcpar.comm.watchdog import install_exception_hook
+from hpcpar.comm.watchdog import install_exception_hook, install_exit_hook
 
 if TYPE_CHECKING:
     from mpi4py import MPI as MPITypes
@@ -125,10 +126,12 @@ class Communicator(ObjectMessages):
     def Free(self) -> None:
         """Free what this object made; afterwards it raises on every use. A second call is fine. Collective.
 
-        Raises nothing for operations that are still under way, but waits for none of them either.
+        Operations that are still under way are left to MPI; only ordered reductions, which have stages to go
+        that need the communicator, are waited for.
         """
         if self._handle is None:
             return
+        wait_all(self._staged)
         for part in (self._node, self._rail):
             if part is not None:
                 part.Free()
@@ -208,4 +211,5 @@ def _world() -> Communicator:
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads)
     install_exception_hook(communicator.rank, communicator.size)
+    install_exit_hook(mpi)
     return communicator

@@ -135,6 +135,8 @@ class OrderedReduction(Request):
         )
         ENGINE.add(self)
 
+    needed_by_others = True
+
     def progress(self) -> None:
         """Go on to the next stage if this one is complete; for the progress engine. Local."""
         self.advance(None)

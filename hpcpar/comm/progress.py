@@ -12,11 +12,13 @@ A wait polls; between two polls it yields the processor, and after two milliseco
 ranks may outnumber cores and the rank that is waited for needs one.
 
 The engine is the one piece of module state in hpcpar: progress is a property of the process, as MPI's own
-progress is, and a wait on one communicator must advance what another one has under way.
+progress is, and a wait on one communicator must advance what another one has under way. The exit of a
+process is a wait too: a rank that leaves first completes what the others still need from it.
 """
 
 from __future__ import annotations
 
+import atexit
 import os
 import threading
 import time
@@ -37,6 +39,10 @@ _TICK_S = 0.05
 class Progressable(Protocol):
     """Something with stages that others may be waiting for."""
 
+    @property
+    def needed_by_others(self) -> bool:
+        """Whether a rank may wait for this rank's part. A send to somebody who may never receive is not."""
+
     def progress(self) -> None:
         """Do what can be done now; never wait. Called from any waiting loop, by one thread at a time."""
 
@@ -49,10 +55,14 @@ class ProgressEngine:
         self._advancing = threading.Lock()
         self._items: tuple[Progressable, ...] = ()
         self._adopted: deque[Progressable] = deque()
+        self._drains_at_exit = False
 
     def add(self, item: Progressable) -> None:
         """Keep ``item`` alive and advance it in every wait until it is discarded. Local."""
         with self._lock:
+            if not self._drains_at_exit:
+                self._drains_at_exit = True
+                atexit.register(self.drain)
             if not any(item is other for other in self._items):
                 self._items = (*self._items, item)
 
@@ -79,6 +89,13 @@ class ProgressEngine:
                 item.progress()
         finally:
             self._advancing.release()
+
+    def drain(self) -> None:
+        """Finish what other ranks need from this one before it leaves; they have all begun it. Local."""
+        deadline = time.monotonic() + timeout_from_environment()
+        while any(item.needed_by_others for item in self._items) and time.monotonic() < deadline:
+            self.advance()
+            time.sleep(_SHORT_SLEEP_S)
 
 
 ENGINE = ProgressEngine()

@@ -182,8 +182,7 @@ class Reducer:
         HpcparError
             When the previous reduction is still under way.
         """
-        if self._transport.storage == [] and self._layouts:
-            raise CommunicatorFreedError("a reducer must not be used after free()")
+        self._check_alive()
         if not self.is_idle:
             raise HpcparError(
                 f"a reduction must be complete before the next begins, got step {self._step} still under way "
@@ -195,6 +194,7 @@ class Reducer:
         self._published = [False] * len(self._layouts)
         self._done = [False] * len(self._layouts)
         self._scale = 1.0 / self._comm.size
+        self._weights = None
         if weight is not None:
             self._weights = torch.tensor([weight, float(active)], dtype=torch.float64)
             self._weights_request = self._comm.Iallreduce(MPI.IN_PLACE, self._weights)
@@ -209,15 +209,30 @@ class Reducer:
     def abandon(self) -> None:
         """Drop the reduction that was begun, before any bucket was published. All ranks must. Local."""
         if self._sent or any(self._published):
-            raise HpcparError(f"a reduction must not be abandoned after a bucket was published ({self._where})")
+            raise HpcparError(
+                f"a reduction must not be abandoned after a bucket was published ({self._where})"
+            )
         self._open = False
         self._done = [True] * len(self._layouts)
 
     def publish(self, bucket: int) -> None:
-        """Declare the contents of a bucket final; it is sent when all lower ones are. Never waits."""
+        """Declare the contents of a bucket final; it is sent when all lower ones are. Never waits.
+
+        Raises
+        ------
+        HpcparError
+            Before :meth:`begin`, or when this reduction has had the bucket already.
+        """
+        self._check_alive()
+        if not self._open or self._published[bucket]:
+            raise HpcparError(
+                f"a bucket must be published once after begin(), got bucket {bucket} in step {self._step} "
+                f"{'twice' if self._published[bucket] else 'before'} ({self._where})"
+            )
         start = time.perf_counter()
         with self._busy:
             self._published[bucket] = True
+            ENGINE.add(self)  # before it is sent: weights or a copy may hold that up
             self._stagings[bucket].begin_out()
             self._send_queued()
             self._advance_pending()
@@ -304,6 +319,7 @@ class Reducer:
         """Give memory, thread and communicator back; a second call is fine. Collective."""
         if self._comm.is_freed:
             return
+        self._comm.Barrier()  # it has a deadline, which freeing a window has not
         if self._thread is not None:
             self._thread.stop()
         ENGINE.discard(self)
@@ -313,8 +329,22 @@ class Reducer:
         self._comm.Free()
 
     @property
+    def needed_by_others(self) -> bool:
+        """Whether published buckets are under way, to which all ranks contribute. Local."""
+        queued = self._open and self._sent < len(self._layouts) and self._published[self._sent]
+        return queued or bool(self._pending)
+
+    @property
     def _where(self) -> str:
         return f"rank {self._comm.rank} of {self._comm.size}"
+
+    @property
+    def _is_queued(self) -> bool:
+        return self._sent < len(self._layouts) and self._published[self._sent]
+
+    def _check_alive(self) -> None:
+        if self._comm.is_freed:
+            raise CommunicatorFreedError("a reducer must not be used after free()")
 
     def _try(self, bucket: int) -> bool:
         if not self._done[bucket]:
@@ -326,11 +356,9 @@ class Reducer:
             if not self._weights_request.advance():
                 return
             self._take_weights()
-        while self._sent < len(self._layouts) and self._published[self._sent]:
+        while self._is_queued:
             if not self._stagings[self._sent].is_out():
                 return
-            if not self._pending:
-                ENGINE.add(self)
             self._transport.publish(self._sent, self._step)
             self._pending.append(self._sent)
             self._sent += 1
@@ -348,7 +376,7 @@ class Reducer:
             else:
                 left.append(bucket)
         self._pending = left
-        if not left and not self._open:
+        if not left and not self._is_queued:
             ENGINE.discard(self)
 
     def _take_weights(self) -> None:
@@ -429,7 +457,7 @@ def _make_transport(
         )
     if comm.rank == 0:
         _LOG.warning(
-            "/dev/shm has no room for %.1f MiB per rank on every node; gradients go by MPI messages, which is "
+            "/dev/shm has no room for %.1f MiB per rank on every node; buckets go by MPI messages, which is "
             "slower. Enlarge it (docker: --shm-size).",
             nbytes / 2**20,
         )

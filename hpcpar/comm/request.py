@@ -140,6 +140,8 @@ class _Orphan:
         self._handles = list(handles)
         self._keep = keep
 
+    needed_by_others = False
+
     def progress(self) -> None:
         if MPI.Request.Testall(self._handles):
             ENGINE.discard(self)

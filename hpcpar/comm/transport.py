@@ -53,7 +53,7 @@ class Transport(ABC):
 
     @abstractmethod
     def publish(self, bucket: int, step: int) -> None:
-        """This rank's contents of ``bucket`` are final for ``step``. In index order on every rank."""
+        """Declare this rank's contents of ``bucket`` final for ``step``. In index order on every rank."""
 
     @abstractmethod
     def advance(self, bucket: int, step: int, scale: float) -> bool:
@@ -192,7 +192,9 @@ class SharedMemoryTransport(Transport):
             self._window.tensor(rank, offset, layout.numel, layout.dtype)[start:end]
             for rank in range(self._node.size)
         ]
-        return [list(block) for block in zip(*(torch.split(segment, step) for segment in segments), strict=True)]
+        return [
+            list(block) for block in zip(*(torch.split(segment, step) for segment in segments), strict=True)
+        ]
 
     def publish(self, bucket: int, step: int) -> None:
         """Raise my flag."""
@@ -261,7 +263,9 @@ class SharedMemoryTransport(Transport):
             return None
         local = members.index(rank)
         filled = self._board.read(local, self._filled + bucket) >= step
-        return filled and (local not in self._owners or self._board.read(local, self._reduced + bucket) >= step)
+        return filled and (
+            local not in self._owners or self._board.read(local, self._reduced + bucket) >= step
+        )
 
     def free(self) -> None:
         """Free the window."""

@@ -4,21 +4,37 @@ An exception that nobody catches would end one rank and leave the rest in a coll
 :func:`install_exception_hook` replaces Python's last resort, in the main thread and in all others: print
 the rank and the traceback, flush, and ``Abort`` the job, which ends every rank within a second or so.
 
+A rank may also leave without an exception: ``sys.exit("no data")`` on rank 0 alone. Python would go on to
+``MPI_Finalize`` and wait there, as the other ranks wait in their next collective. So ranks that exit meet
+first; one with a failure status waits for the others a few seconds only, then ends the job with that status.
+Ranks that all exit, with whatever status, notice nothing. What other ranks still need from this one, such as
+its slice of a reduction, is done before it leaves.
+
 A process of one rank keeps Python's own behaviour, and so does an interactive session.
 """
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import sys
 import threading
+import time
 import traceback
 from types import TracebackType
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from hpcpar.comm.mpi import MPI
+from hpcpar.comm.progress import ENGINE
 
-__all__ = ["abort_job", "install_exception_hook"]
+if TYPE_CHECKING:
+    from mpi4py import MPI as MPITypes
+
+__all__ = ["abort_job", "install_exception_hook", "install_exit_hook"]
+
+_EXIT_GRACE_S = 5.0
+_EXIT_POLL_S = 0.005
 
 
 def install_exception_hook(rank: int, size: int) -> None:
@@ -45,6 +61,46 @@ def install_exception_hook(rank: int, size: int) -> None:
 
     sys.excepthook = in_main
     threading.excepthook = in_thread
+
+
+def install_exit_hook(mpi: MPITypes.Intracomm) -> None:
+    """Let the ranks meet before they exit, so that one that leaves in failure ends the job. Collective.
+
+    Parameters
+    ----------
+    mpi
+        All ranks. The hook uses a duplicate, on which nothing else is ever sent.
+    """
+    if mpi.Get_size() == 1 or hasattr(sys, "ps1"):
+        return
+    farewell = mpi.Dup()
+    status: list[Any] = [0]
+    leave = sys.exit
+
+    def exit(code: Any = None, /) -> NoReturn:
+        status[0] = code
+        leave(code)
+
+    sys.exit = exit
+    atexit.register(lambda: _depart(farewell, status[0]))
+
+
+def _depart(farewell: MPITypes.Comm, code: Any) -> None:
+    """What this rank does at exit: finish what others need, then wait for them as long as is right."""
+    if MPI.Is_finalized():
+        return
+    ENGINE.drain()
+    failed = code not in (None, 0)
+    request = farewell.Ibarrier()
+    start = time.monotonic()
+    while not request.Test():
+        ENGINE.advance()
+        time.sleep(_EXIT_POLL_S)
+        if failed and time.monotonic() - start > _EXIT_GRACE_S:
+            who = f"rank {farewell.Get_rank()} of {farewell.Get_size()}"
+            sys.stderr.write(f"hpcpar: {who} left with exit status {code!r}, others did not; the job ends.\n")
+            sys.stderr.flush()
+            MPI.COMM_WORLD.Abort(code if isinstance(code, int) else 1)
 
 
 def abort_job(rank: int, size: int, error: BaseException, place: str) -> None:

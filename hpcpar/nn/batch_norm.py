@@ -49,6 +49,7 @@ class _Normalize(torch.autograd.Function):
         return (y if bias is None else y + bias.view(shape)).to(x.dtype)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         normalized, weight, invstd = ctx.saved_tensors
         dy = gradients[0].to(normalized.dtype)
@@ -109,7 +110,7 @@ class SyncBatchNorm(_BatchNorm):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Normalise ``input``. Collective while training, Local in evaluation."""
         self._check_input_dim(input)
-        if not self.training and self.track_running_stats:
+        if not self.training:
             return super().forward(input)
         comm = world() if self._comm is None else self._comm
         if comm.size == 1:
@@ -120,7 +121,7 @@ class SyncBatchNorm(_BatchNorm):
                 raise ValueError(
                     f"the global batch must have more than one value per channel to train, got {count:g}"
                 )
-            if self.training and self.track_running_stats:
+            if self.track_running_stats:
                 self._update_running(count, mean, variance)
         invstd = torch.rsqrt(variance + self.eps)
         result: torch.Tensor = _Normalize.apply(  # type: ignore[no-untyped-call]
@@ -197,8 +198,9 @@ def convert_sync_batchnorm(module: nn.Module, comm: Communicator | None = None) 
     """
     if isinstance(module, _BatchNorm) and not isinstance(module, SyncBatchNorm):
         return _replacement(module, comm)
-    for name, child in module.named_children():
-        setattr(module, name, convert_sync_batchnorm(child, comm))
+    for name, child in list(module._modules.items()):  # named_children() skips second names of a module
+        if child is not None:
+            setattr(module, name, convert_sync_batchnorm(child, comm))
     return module
 
 

@@ -28,7 +28,7 @@ from torch import nn
 
 from hpcpar.comm import MPI, ReducerStats, world
 from hpcpar.errors import HpcparError, MismatchError
-from hpcpar.nn.gradient_reduction import GradientReduction, ReductionOptions, tensors_in
+from hpcpar.nn.gradient_reduction import GradientReduction, ReductionOptions, on_gradient, tensors_in
 from hpcpar.nn.model_signature import check_same_model
 from hpcpar.nn.sparse_gradients import sparse_parameters
 
@@ -137,10 +137,13 @@ class DataParallel(nn.Module):
         """Run the wrapped module. Local, except for the first training forward of a copy."""
         if not torch.is_grad_enabled() or self._freed:
             return self.module(*args, **kwargs)
-        self._prepare()
+        if self.training:
+            self._prepare()
         self._samples += _batch_size(args, kwargs)
         output = self.module(*args, **kwargs)
-        if self._gradients is not None:
+        if not self.training and not self._is_prepared:
+            on_gradient(output, self._prepare)  # only backward tells that this is more than an evaluation
+        elif self._gradients is not None and self.training:
             self._gradients.watch(output)
         return output
 
@@ -244,17 +247,21 @@ class DataParallel(nn.Module):
 
     # Parts -----------------------------------------------------------------------------------------------
 
+    @property
+    def _is_prepared(self) -> bool:
+        return self._trainable == [parameter.requires_grad for parameter in self.module.parameters()]
+
     def _prepare(self) -> None:
         """Before a training forward: is the reduction there, does it fit the model, is it idle?"""
+        is_open = self._gradients is not None and self._gradients.is_open
         inside_backward = torch._C._current_graph_task_id() != -1
-        if self._gradients is not None and self._gradients.is_open and not inside_backward:
+        if is_open and not inside_backward:
             raise HpcparError(
                 "a backward pass must end before the next forward, got one that an exception has ended "
-                "half-way: other ranks may have reduced gradients that this one has not. Restart the job from "
-                "a checkpoint"
+                "half-way: other ranks may have reduced gradients that this one has not. Restart the job "
+                "from a checkpoint"
             )
-        trainable = [parameter.requires_grad for parameter in self.module.parameters()]
-        if trainable != self._trainable and not inside_backward:
+        if not is_open and not self._is_prepared:
             if self._comm is None:
                 self._comm = world()
             self._finish_updates()
@@ -273,7 +280,7 @@ class DataParallel(nn.Module):
         self._gradients = GradientReduction(
             [(name, p) for name, p in self.module.named_parameters() if p.requires_grad],
             sparse_parameters(self.module),
-            list(self.module.buffers()) if self._broadcast_buffers else [],
+            self._module_buffers if self._broadcast_buffers else dict,
             self._comm,
             self._options,
         )
@@ -281,6 +288,9 @@ class DataParallel(nn.Module):
         self._apply_synchronize()
         if self._optimizer is not None:
             self._optimizer.attach(self._gradients)
+
+    def _module_buffers(self) -> dict[str, torch.Tensor]:
+        return dict(self.module.named_buffers())
 
     def _apply_synchronize(self) -> None:
         if self._gradients is not None:
@@ -294,12 +304,12 @@ class DataParallel(nn.Module):
         if self._optimizer is not None:
             self._optimizer.finish()
 
-    def _synchronize_buffers(self, changed: Sequence[int]) -> None:
+    def _synchronize_buffers(self, changed: Sequence[str]) -> None:
         """Copy the buffers that changed from rank 0; not while joining, when rank 0 may have left."""
         assert self._gradients is not None
         if changed and self._gradients.weight is None:
-            buffers = list(self.module.buffers())
-            broadcast_packed([buffers[index] for index in changed], self._gradients.reducer.comm, 0)
+            buffers = self._module_buffers()
+            broadcast_packed([buffers[name] for name in changed], self._gradients.reducer.comm, 0)
 
     def _broadcast_state(self, root: int) -> None:
         comm = self._comm if self._gradients is None else self._gradients.reducer.comm

@@ -33,10 +33,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from hpcpar.comm import BucketLayout, Reducer, ReducerStats, plan_buckets, view_slot
-from hpcpar.errors import HpcparError
-from hpcpar.nn.progress_trial import ProgressTrial
+from hpcpar.comm import BucketLayout, Reducer, ReducerStats, TransportKind, plan_buckets, view_slot
+from hpcpar.errors import HpcparError, MismatchError
+from hpcpar.nn.progress_trial import PROGRESS_CHOICES, ProgressTrial
 from hpcpar.nn.sparse_gradients import average_sparse
+from hpcpar.nn.watched_tensors import WatchedTensors
 
 if TYPE_CHECKING:
     from hpcpar.comm import Communicator
@@ -44,10 +45,17 @@ if TYPE_CHECKING:
 __all__ = ["GradientReduction", "ReductionOptions"]
 
 _MIB = 1 << 20
+_WIRE_DTYPES = (None, torch.bfloat16, torch.float16)
 
 
 class ReductionOptions:
-    """How gradients are reduced; the keyword options of :class:`~hpcpar.nn.DataParallel`."""
+    """How gradients are reduced; the keyword options of :class:`~hpcpar.nn.DataParallel`.
+
+    Raises
+    ------
+    MismatchError
+        For an option that is none of the choices.
+    """
 
     def __init__(
         self,
@@ -58,6 +66,9 @@ class ReductionOptions:
         transport: str,
         progress: str,
     ) -> None:
+        _check_choice("transport", transport, [kind.value for kind in TransportKind])
+        _check_choice("progress", progress, PROGRESS_CHOICES)
+        _check_choice("wire_dtype", wire_dtype, _WIRE_DTYPES)
         self.bucket_bytes = 0 if blocking else int((8.0 if bucket_mb is None else bucket_mb) * _MIB)
         self.blocking = blocking
         self.wire_dtype = wire_dtype
@@ -75,7 +86,7 @@ class GradientReduction:
     sparse
         Those of them whose gradients are sparse tensors.
     buffers
-        Tensors whose changes are watched for in the tail.
+        Returns the tensors, by name, whose changes are watched for in the tail.
     comm
         The ranks.
     options
@@ -91,7 +102,7 @@ class GradientReduction:
         self,
         named_parameters: Sequence[tuple[str, nn.Parameter]],
         sparse: Sequence[nn.Parameter],
-        buffers: Sequence[torch.Tensor],
+        buffers: Callable[[], dict[str, torch.Tensor]],
         comm: Communicator,
         options: ReductionOptions,
     ) -> None:
@@ -100,13 +111,13 @@ class GradientReduction:
         self._names = [name for name, _ in dense]
         self.parameters = [parameter for _, parameter in dense]
         self._sparse = list(sparse)
-        self._buffers = list(buffers)
+        self._buffers = WatchedTensors(buffers)
         self._options = options
         self.synchronize = True
         self.weight: Callable[[], float] | None = None
         self.overlapped: Callable[[], None] | None = None
         self.before_begin: Callable[[], None] = lambda: None
-        self.after_end: Callable[[Sequence[int]], None] = lambda changed: None
+        self.after_end: Callable[[Sequence[str]], None] = lambda changed: None
         self._layouts, self.reducer = self._make_reducer(comm, options)
         self._views = [torch.empty(0)] * len(self.parameters)
         self._bucket_of = [0] * len(self.parameters)
@@ -118,7 +129,6 @@ class GradientReduction:
                 self._bucket_of[slot.index] = bucket
         self._tail = len(self._layouts)
         self._trial = ProgressTrial(self.reducer, options.progress)
-        self._versions = [buffer._version for buffer in self._buffers]
         self._expected: list[int] | None = None
         self._fired = [0] * len(self.parameters)
         self._left: list[int] = []
@@ -131,7 +141,7 @@ class GradientReduction:
         self, comm: Communicator, options: ReductionOptions
     ) -> tuple[list[BucketLayout], Reducer]:
         layouts = plan_buckets(self.parameters, options.bucket_bytes)
-        tail = BucketLayout(torch.float32, max(1, len(self.parameters) + len(self._buffers)))
+        tail = BucketLayout(torch.float32, max(1, len(self.parameters) + len(self._buffers.names)))
         devices = [self.parameters[layout.slots[0].index].device for layout in layouts]
         reducer = Reducer(
             comm,
@@ -158,9 +168,7 @@ class GradientReduction:
 
     def watch(self, outputs: object) -> None:
         """Notice when backward reaches an output of the model. Local."""
-        for tensor in tensors_in(outputs):
-            if tensor.requires_grad:
-                tensor.register_hook(self._on_output_gradient)  # type: ignore[no-untyped-call]
+        on_gradient(outputs, self._on_output_gradient)
 
     def wait(self, bucket: int) -> None:
         """Wait for the mean of a bucket, and put it in ``.grad``. Collective in effect."""
@@ -182,6 +190,7 @@ class GradientReduction:
     def shadow_step(self) -> bool:
         """Take part in one reduction with nothing to contribute; false when no rank is active. Collective."""
         self.before_begin()
+        self._trial.begin_step()
         self.reducer.begin(0.0, active=False)
         if self.reducer.active_ranks() == 0:
             self.reducer.abandon()
@@ -206,8 +215,10 @@ class GradientReduction:
 
     # Hooks -----------------------------------------------------------------------------------------------
 
-    def _on_output_gradient(self, gradient: torch.Tensor) -> None:
-        if self.synchronize and not self._open:
+    def _on_output_gradient(self) -> None:
+        if not self.synchronize:
+            self.before_begin()  # autograd is about to add to gradients that may still be under way
+        elif not self._open:
             self._begin()
 
     def _sparse_hook(self, parameter: torch.Tensor) -> None:
@@ -239,8 +250,8 @@ class GradientReduction:
                 return
         elif surplus > 0 and self._left[bucket] == 0:
             raise HpcparError(
-                f"parameter {self._names[index]!r} must get its gradient as often in each backward, got it for "
-                f"the {self._fired[index]}. time after {self._expected[index]} in the backward before, when its "
+                f"parameter {self._names[index]!r} must get its gradient as often in each backward, got it "
+                f"{self._fired[index]} times after {self._expected[index]} in the backward before, when its "
                 "bucket had been sent. Use torch.utils.checkpoint with use_reentrant=False"
             )
         self.reducer.progress()
@@ -263,6 +274,7 @@ class GradientReduction:
         gradient = parameter.grad
         if gradient is None or gradient.data_ptr() == view.data_ptr():
             return
+        gradient = gradient.detach()  # it has a graph after backward(create_graph=True)
         view.copy_(gradient if gradient.layout is torch.strided else gradient.to_dense())
         parameter.grad = view
 
@@ -288,11 +300,10 @@ class GradientReduction:
                 used[index] = 0.0
             else:
                 self._fill(index)
-        changed = [float(b._version != v) for b, v in zip(self._buffers, self._versions, strict=True)]
         self._expected = [max(times, 1) for times in self._fired]
         for bucket in sorted(self._unpublished):
             self._publish(bucket)
-        self.reducer.flats[self._tail].copy_(torch.tensor([*used, *changed] or [1.0]))
+        self.reducer.flats[self._tail].copy_(torch.tensor([*used, *self._buffers.changes()] or [1.0]))
         self.reducer.publish(self._tail)
         self._open = False
         self._average_sparse(1.0 if self._weight is None else self._weight)
@@ -303,22 +314,35 @@ class GradientReduction:
             self.wait_all()
 
     def _exchange_buffers(self) -> None:
-        if not self._buffers:
+        if not self._buffers.names:
             return
         self.reducer.wait(self._tail)
         flags = self.reducer.flats[self._tail][len(self.parameters) :].tolist()
-        changed = [index for index, flag in enumerate(flags[: len(self._buffers)]) if flag > 0.0]
-        self.after_end(changed)
-        self._versions = [buffer._version for buffer in self._buffers]
+        self.after_end([name for name, flag in zip(self._buffers.names, flags, strict=True) if flag > 0.0])
+        self._buffers.remember()
 
     def _average_sparse(self, weight: float) -> None:
+        if self._sparse:
+            self.reducer.wait(self._tail)  # its collectives are all started then, on every rank in one order
         for parameter in self._sparse:
             average_sparse(parameter, self.reducer.comm, weight)
+
+
+def _check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    if value not in choices:
+        raise MismatchError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
 def add_hook(parameter: nn.Parameter, hook: Callable[[torch.Tensor], None]) -> Any:
     """Call ``hook`` whenever autograd has accumulated a gradient in ``parameter``. Local."""
     return parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+
+
+def on_gradient(outputs: object, action: Callable[[], None]) -> None:
+    """Call ``action`` when backward reaches a tensor in ``outputs``. Local."""
+    for tensor in tensors_in(outputs):
+        if tensor.requires_grad and not tensor.is_leaf:  # a leaf would keep the hooks of all forwards
+            tensor.register_hook(lambda _: action())  # type: ignore[no-untyped-call]
 
 
 def tensors_in(value: object) -> list[torch.Tensor]:
@@ -330,5 +354,7 @@ def tensors_in(value: object) -> list[torch.Tensor]:
     if isinstance(value, (list, tuple, set)):
         return [tensor for item in value for tensor in tensors_in(item)]
     if hasattr(value, "__dataclass_fields__"):
-        return [tensor for field in value.__dataclass_fields__ for tensor in tensors_in(getattr(value, field))]
+        return [
+            tensor for field in value.__dataclass_fields__ for tensor in tensors_in(getattr(value, field))
+        ]
     return []

@@ -10,9 +10,11 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from hpcpar.errors import MismatchError
+from hpcpar.nn.sparse_gradients import sparse_parameters
 
 if TYPE_CHECKING:
     from hpcpar.comm import Communicator
@@ -21,12 +23,21 @@ __all__ = ["check_same_model", "describe"]
 
 
 def describe(module: nn.Module) -> list[str]:
-    """One line for each parameter and buffer: name, shape, dtype, trainable. Local."""
+    """One line for each parameter and buffer: name, shape, dtype, kind of gradient. Local."""
+    sparse = {id(parameter) for parameter in sparse_parameters(module)}
     lines = [
-        f"parameter {name} {tuple(p.shape)} {p.dtype} {'trainable' if p.requires_grad else 'frozen'}"
+        f"parameter {name} {tuple(p.shape)} {p.dtype}{_memory_order(p)} "
+        + ("frozen" if not p.requires_grad else "sparse" if id(p) in sparse else "trainable")
         for name, p in module.named_parameters()
     ]
     return lines + [f"buffer {name} {tuple(b.shape)} {b.dtype}" for name, b in module.named_buffers()]
+
+
+def _memory_order(tensor: torch.Tensor) -> str:
+    """The axes from the outermost in memory, where that is unusual: gradients are laid out like it."""
+    axes = [axis for axis, size in enumerate(tensor.shape) if size > 1]
+    order = sorted(axes, key=tensor.stride, reverse=True)
+    return "" if order == axes else f" axes {tuple(order)}"
 
 
 def check_same_model(module: nn.Module, comm: Communicator) -> None:

@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING
 import torch
 
 from hpcpar.comm import threads_allowed
-from hpcpar.errors import MismatchError
 
 if TYPE_CHECKING:
     from hpcpar.comm import Reducer
 
-__all__ = ["ProgressTrial"]
+__all__ = ["PROGRESS_CHOICES", "ProgressTrial"]
+
+PROGRESS_CHOICES = ("auto", "hooks", "thread")
 
 _WARM_UP = 3
 _STEPS = 6
-_CHOICES = ("auto", "hooks", "thread")
 
 
 class ProgressTrial:
@@ -40,8 +40,6 @@ class ProgressTrial:
     """
 
     def __init__(self, reducer: Reducer, progress: str) -> None:
-        if progress not in _CHOICES:
-            raise MismatchError(f"progress must be one of {', '.join(map(repr, _CHOICES))}, got {progress!r}")
         self._reducer = reducer
         self._steps = 0
         self._last = 0.0

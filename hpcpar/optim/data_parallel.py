@@ -58,12 +58,16 @@ class DataParallelOptimizer(torch.optim.Optimizer):
     -----
     Local, but an access that settles a parameter waits for other ranks to have finished their backward.
     Learning-rate schedulers take this object or the wrapped one; the rate at ``step()`` is what counts.
+    An optimizer with hooks on its step, or not of torch's own, does whole steps, without the overlap.
 
     Examples
     --------
     >>> optimizer = hpcpar.optim.DataParallelOptimizer(torch.optim.AdamW(net.parameters()))
     >>> model = hpcpar.nn.DataParallel(net, optimizer=optimizer)
     """
+
+    # A GradScaler hands fused optimizers its scale by attributes of this object: let it unscale itself.
+    _step_supports_amp_scaling = False
 
     def __init__(self, torch_optimizer: torch.optim.Optimizer, blocking: bool = False) -> None:
         # No super().__init__: groups, state and defaults are those of the wrapped optimizer.
@@ -98,6 +102,7 @@ class DataParallelOptimizer(torch.optim.Optimizer):
                 later |= overlap.request_step(settings)
         else:
             self.finish()
+            return self.optimizer.step()
         partial_step(self.optimizer, settings, lambda parameter: id(parameter) not in later)
         return None
 
@@ -234,9 +239,9 @@ class _Overlap:
 
 def is_separable(optimizer: torch.optim.Optimizer) -> bool:
     """Whether stepping parameters part by part gives the same as all at once. Local."""
-    return type(optimizer).__module__.startswith("torch.optim") and not isinstance(
-        optimizer, torch.optim.LBFGS
-    )
+    hooks = [*optimizer._optimizer_step_pre_hooks, *optimizer._optimizer_step_post_hooks]
+    known = type(optimizer).__module__.startswith("torch.optim")
+    return known and not hooks and not isinstance(optimizer, torch.optim.LBFGS)
 
 
 def partial_step(
@@ -265,7 +270,7 @@ def drop_gradients(parameters: Iterable[torch.Tensor], set_to_none: bool) -> Non
         if set_to_none:
             parameter.grad = None
         else:
-            parameter.grad.detach_()
+            parameter.grad.requires_grad_(False)  # not detach_(), which views do not allow
             parameter.grad.zero_()
 
 

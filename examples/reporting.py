@@ -1,0 +1,123 @@
+"""What rank 0 shows and writes: a line per epoch or evaluation, a progress bar, curves, history.
+
+Every rank calls the same methods and the other ranks stay silent, so the training loop carries no
+``if rank == 0``. Nothing here communicates. The progress bar appears only on a terminal: in a
+batch job's log file there is exactly one line per report.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from common import UserError
+
+__all__ = ["Curve", "Reporter", "draw_curves", "prepare_output", "write_history"]
+
+Curve = tuple[str, Sequence[float], Sequence[float]]
+"""A label, the x and the y values."""
+
+
+class Reporter:
+    """Lines on standard output and, on a terminal, a progress bar. Only rank 0 shows anything.
+
+    Parameters
+    ----------
+    rank : this process's rank.
+    total_steps : optimizer steps of the whole run, the length of the bar.
+    """
+
+    def __init__(self, rank: int, total_steps: int) -> None:
+        self._shows = rank == 0
+        self._bar = _progress_bar() if self._shows and sys.stderr.isatty() else None
+        self._task = self._bar.add_task("training", total=total_steps) if self._bar else None
+
+    def __enter__(self) -> Reporter:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._bar:
+            self._bar.stop()
+            self._bar = None
+
+    def step(self) -> None:
+        """One more optimizer step is done."""
+        if self._bar:
+            self._bar.advance(self._task)
+
+    def line(self, text: str) -> None:
+        """Print one line, above the bar if there is one."""
+        if self._bar and sys.stdout.isatty():
+            self._bar.console.print(text, soft_wrap=True, markup=False, highlight=False)
+        elif self._shows:
+            print(text, flush=True)
+
+
+def _progress_bar() -> Any:
+    """A rich progress bar on standard error, or None where rich is not installed."""
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    except ImportError:
+        return None
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        redirect_stdout=False,  # lines that go to a file must still go there
+    )
+
+
+def prepare_output(folder: Path) -> None:
+    """Create the folder for results now, so that a bad path shows before the training."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "history.json").touch()
+    except OSError as error:
+        raise UserError(f"--output {folder}: cannot write there ({error.strerror})") from error
+
+
+def write_history(folder: Path, history: Mapping[str, Any]) -> Path:
+    """Write options and results as ``history.json``, for scripts that compare runs."""
+    path = folder / "history.json"
+    path.write_text(json.dumps(history, indent=1, default=str) + "\n", encoding="utf-8")
+    return path
+
+
+def draw_curves(path: Path, x_label: str, panels: Mapping[str, Sequence[Curve]]) -> Path | None:
+    """Draw one panel per entry, side by side, into a picture file.
+
+    Uses matplotlib's Agg canvas directly: no display is needed on a compute node. Returns None,
+    after a note on standard error, where matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("matplotlib is not installed: no picture is drawn", file=sys.stderr)
+        return None
+    figure = Figure(figsize=(5.0 * len(panels), 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    row = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (title, curves) in zip(row, panels.items(), strict=True):
+        for label, x, y in curves:
+            axes.plot(x, y, marker=".", label=label)
+        axes.set(title=title, xlabel=x_label)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=120)
+    return path

@@ -1,0 +1,90 @@
+"""The benchmarks as a user runs them, small: they end well, check their results, and write what they show."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.launching import LaunchResult, launch
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+def run(benchmark: str, ranks: int, *arguments: str) -> LaunchResult:
+    result = launch(ranks, BENCHMARKS / f"{benchmark}.py", *arguments, timeout_s=100.0)
+    assert not result.timed_out, result.stderr
+    return result
+
+
+def record(benchmark: str, ranks: int, output: Path, *arguments: str) -> tuple[dict[str, Any], str]:
+    """Run a benchmark; what it wrote and what it showed."""
+    result = run(benchmark, ranks, "--quick", "--output", str(output), *arguments)
+    assert result.returncode == 0, result.stderr
+    (path,) = output.glob(f"{benchmark}-*-{ranks}.json")
+    assert path.with_suffix(".png").stat().st_size > 1000
+    content: dict[str, Any] = json.loads(path.read_text())
+    assert content["environment"]["ranks"] == ranks
+    return content, result.stdout
+
+
+def test_allreduce_reports_every_variant_and_the_goals(tmp_path: Path) -> None:
+    content, screen = record("allreduce", 3, tmp_path, "--sizes", "4K", "8M")
+    assert [row["bytes"] for row in content["results"]] == [4096, 8 << 20]
+    for row in content["results"]:
+        assert {"hpcpar shared memory", "MPI.Allreduce", "gloo", "memcpy"} <= set(row["variants"])
+        for name, figures in row["variants"].items():
+            assert name in screen
+            assert len(figures["seconds"]) == row["repetitions"]
+            assert min(figures["seconds"]) > 0.0
+        assert row["variants"]["gloo"]["times_gloo"] == 1.0
+    assert [goal["bytes"] for goal in content["goals"]] == [8 << 20]
+    assert "(goal 2)" in screen and "(goal 8)" in screen
+
+
+def test_allreduce_compares_with_the_better_of_two_mpis(tmp_path: Path) -> None:
+    content, _ = record("allreduce", 2, tmp_path, "--sizes", "8M")
+    content["environment"]["mpi"] = "Another MPI 1.0"
+    content["results"][0]["variants"]["MPI.Allreduce"]["gb_per_s"] = 1e6
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(content))
+    content, screen = record("allreduce", 2, tmp_path, "--sizes", "8M", "--compare", str(other))
+    (goal,) = content["goals"]
+    assert goal["best_mpi"] == "Another MPI 1.0"
+    assert goal["times_mpi"] == pytest.approx(goal["gb_per_s"] / 1e6)
+    assert "Another MPI 1.0" in screen
+
+
+def test_step_leaves_the_parameters_of_ddp(tmp_path: Path) -> None:
+    content, screen = record("data_parallel_step", 3, tmp_path, "--with-mpi-transport")
+    assert set(content["results"]) == {"mlp", "gpt"}
+    for result in content["results"].values():
+        assert len(result["variants"]) == 6
+        for name, figures in result["variants"].items():
+            assert name in screen
+            assert figures["step_s"] > 0.0
+            if name != "no communication":
+                assert figures["difference_to_ddp"] < 1e-4
+    assert "goal: " in screen
+
+
+@pytest.mark.parametrize("benchmark", ["allreduce", "data_parallel_step"])
+def test_one_rank_has_no_goal(tmp_path: Path, benchmark: str) -> None:
+    assert "one rank has nobody to reduce with" in record(benchmark, 1, tmp_path)[1]
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "arguments", "message"),
+    [
+        ("allreduce", ["--sizes", "3"], "must be a multiple of 4 bytes such as 64K or 8M, got '3'"),
+        ("allreduce", ["--compare", "nowhere.json"], "cannot read nowhere.json"),
+        ("data_parallel_step", ["--repetitions", "0"], "must be a number of at least 1, got '0'"),
+    ],
+)
+def test_mistake_ends_all_ranks_with_one_message(benchmark: str, arguments: list[str], message: str) -> None:
+    result = run(benchmark, 2, *arguments)
+    assert result.returncode != 0
+    assert result.stderr.count(message) == 1
+    assert "Traceback" not in result.stderr
