@@ -64,7 +64,7 @@ format: env  ## let ruff rewrite what it can
 
 bench: env  ## benchmarks on two ranks, both MPIs
 	$(MPICH_RUN) benchmarks/allreduce.py
-	$(OPENMPI_RUN) benchmarks/allreduce.py
+	$(OPENMPI_RUN) benchmarks/allreduce.py --compare benchmarks/results/allreduce-mpich-$(RANKS).json
 	$(MPICH_RUN) benchmarks/data_parallel_step.py
 	$(OPENMPI_RUN) benchmarks/data_parallel_step.py
 

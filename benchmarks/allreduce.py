@@ -247,14 +247,14 @@ def show_size(row: Mapping[str, Any]) -> None:
 def judge(
     rows: Sequence[Mapping[str, Any]], environment: Environment, other: Mapping[str, Any] | None
 ) -> list[dict[str, Any]]:
-    """The reducer against its goals at every size that has some; none on one rank. **Local.**
+    """The reducer against its goals, at every size that has some, if all ranks share a node. **Local.**
 
     Against the MPI of this run by paired ratio, against the other one, if it is better, by GB/s.
     """
     elsewhere = {} if other is None else {row["bytes"]: row["variants"] for row in other["results"]}
     goals = []
     for row in rows:
-        if environment.ranks == 1 or row["bytes"] < GOAL_FROM_BYTES:
+        if environment.ranks == 1 or environment.nodes > 1 or row["bytes"] < GOAL_FROM_BYTES:
             continue
         ours, mpi = row["variants"][OURS], row["variants"][PLAIN_MPI]
         best, best_gb_per_s, ratio = environment.mpi, mpi["gb_per_s"], ours["times_mpi"]
@@ -280,7 +280,11 @@ def show_goals(
 ) -> None:
     """The goals next to what was reached. **Local.**"""
     if not goals:
-        reason = "one rank has nobody to reduce with" if environment.ranks == 1 else "no size has one"
+        reason = f"they begin at {size_text(GOAL_FROM_BYTES)}"
+        if environment.nodes > 1:
+            reason = "they are for the ranks of one node"
+        if environment.ranks == 1:
+            reason = "one rank has nobody to reduce with"
         print(f"\nno goals: {reason}", flush=True)
         return
     lines = [
@@ -301,8 +305,12 @@ def show_goals(
         return
     other = Environment(**options.compare["environment"])
     print(f"compared with: {other.text}", flush=True)
-    if other.ranks != environment.ranks:
-        print(f"note: that run had {other.ranks} rank(s), this one {environment.ranks}", flush=True)
+    if (other.ranks, other.nodes, other.threads) != (
+        environment.ranks,
+        environment.nodes,
+        environment.threads,
+    ):
+        print("note: ranks, nodes or threads differ from this run's, so the goal means little", flush=True)
 
 
 def draw(rows: Sequence[Mapping[str, Any]], environment: Environment) -> Any:

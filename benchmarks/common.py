@@ -156,9 +156,10 @@ class Environment:
 
     @property
     def slug(self) -> str:
-        """The MPI and the ranks as part of a file name, such as ``mpich-2``."""
+        """The MPI, the ranks and the nodes as part of a file name: ``mpich-2``, ``openmpi-8-4nodes``."""
         family = re.sub(r"[^a-z]", "", self.mpi.lower().partition(",")[0])
-        return f"{family or 'mpi'}-{self.ranks}"
+        nodes = f"-{self.nodes}nodes" if self.nodes > 1 else ""
+        return f"{family or 'mpi'}-{self.ranks}{nodes}"
 
 
 def describe(comm: Communicator) -> Environment:
@@ -312,7 +313,7 @@ def new_figure(panels: int) -> tuple[Figure, list[Any]] | None:
 def save(
     output: Path, benchmark: str, environment: Environment, content: Mapping[str, Any], figure: Figure | None
 ) -> None:
-    """Write ``<benchmark>-<mpi>-<ranks>.json``, the picture beside it, and say where. **Local**, rank 0."""
+    """Write ``<benchmark>-<slug>.json``, the picture beside it, and say where. **Local**, rank 0."""
     stem = output / f"{benchmark}-{environment.slug}"
     record = {"benchmark": benchmark, "environment": asdict(environment), **content}
     path = stem.with_suffix(".json")

@@ -100,6 +100,8 @@ def main() -> None:
     if options.quick:
         options.repetitions, options.steps, options.warmup = min(options.repetitions, 2), 2, 2
     environment = describe(comm)
+    if options.warmup is None:
+        options.warmup = 5 if environment.threads == 1 else 20
     if comm.rank == 0:
         print(f"one training step, data parallel\n{environment.text}", flush=True)
     names = list(WORKLOADS) if options.model == "both" else [options.model]
@@ -123,9 +125,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--warmup",
         type=positive_int,
-        default=20,
         metavar="N",
-        help="steps of each variant before (default 20, enough for progress='auto' to make up its mind)",
+        help="steps of each variant before (default 5; 20 with several threads, for the progress trial)",
     )
     parser.add_argument("--with-mpi-transport", action="store_true", help="hpcpar by MPI messages, too")
     return parser

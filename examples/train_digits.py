@@ -323,8 +323,8 @@ def main() -> None:
     with common.user_errors_end_the_job(comm):
         device = common.choose_device(comm, options.device)
         if comm.rank == 0:
-            reporting.prepare_output(options.output)
             sets = load_idx_folder(options.data) if options.data else load_digits()
+            reporting.prepare_output(options.output)
     dataset = broadcast_dataset(sets, options.limit, comm)
 
     torch.manual_seed(options.seed)

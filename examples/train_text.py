@@ -280,9 +280,9 @@ def main() -> None:
     with common.user_errors_end_the_job(comm):
         device = common.choose_device(comm, options.device)
         if comm.rank == 0:
-            reporting.prepare_output(options.output)
             corpus = text_corpus.read_corpus(options.text, options.limit)
             text_corpus.split_corpus(corpus, options.context)  # long enough? say so before sending it
+            reporting.prepare_output(options.output)
     parts = text_corpus.split_corpus(common.broadcast_tensor(corpus, comm), options.context)
 
     torch.manual_seed(options.seed)

@@ -132,6 +132,10 @@ class Communicator(ObjectMessages):
         if self._handle is None:
             return
         wait_all(self._staged)
+        if self._roll_call is not None:
+            self._enter("Free")
+            self._meet("Free")
+            self._roll_call.close()
         for part in (self._node, self._rail):
             if part is not None:
                 part.Free()

@@ -269,17 +269,9 @@ class Reducer:
         RankFailedError
             When a rank of this node has died.
         """
-        if self._done[bucket]:
-            return
-        start = time.perf_counter()
-        self._waiting = True
-        try:
-            wait_until(lambda: self._try(bucket), _ReducerPatience(self, bucket))
-        finally:
-            self._waiting = False
-        elapsed = time.perf_counter() - start
-        self._communication_s += elapsed
-        self._exposed_s += elapsed
+        if not self._done[bucket]:
+            self._wait(bucket)
+        self._stagings[bucket].order()
 
     def wait_all(self) -> None:
         """Wait until every bucket is done, as :meth:`wait`."""
@@ -338,6 +330,17 @@ class Reducer:
     def _where(self) -> str:
         return f"rank {self._comm.rank} of {self._comm.size}"
 
+    def _wait(self, bucket: int) -> None:
+        start = time.perf_counter()
+        self._waiting = True
+        try:
+            wait_until(lambda: self._try(bucket), _ReducerPatience(self, bucket))
+        finally:
+            self._waiting = False
+        elapsed = time.perf_counter() - start
+        self._communication_s += elapsed
+        self._exposed_s += elapsed
+
     @property
     def _is_queued(self) -> bool:
         return self._sent < len(self._layouts) and self._published[self._sent]
@@ -389,6 +392,11 @@ class Reducer:
         """A number that grows with every bucket sent, for roll calls."""
         return self._step * (len(self._layouts) + 1) + bucket
 
+    def _explain(self, bucket: int) -> str:
+        owed = [self._transport.owes(rank, bucket, self._step) for rank in range(self._comm.size)]
+        facts = [fact for fact in owed if fact]
+        return f"On this node, {', '.join(facts)}." if facts else ""
+
     def _silent(self, bucket: int) -> list[int]:
         """Ranks that owe something to ``bucket`` and have not said that they wait too."""
         silent = [] if self._roll_call is None else self._roll_call.missing(self._number(bucket + 1))
@@ -407,6 +415,7 @@ class _ReducerPatience(Patience):
             f"{reducer._name}, bucket {bucket} of {len(reducer._layouts)} in step {reducer._step}",
             missing=lambda: reducer._silent(bucket),
             where=reducer._where,
+            details=lambda: reducer._explain(bucket),
         )
         self._reducer, self._bucket = reducer, bucket
 

@@ -5,8 +5,9 @@ its flat tensor *is* the transport's storage. On a GPU the flat tensor is device
 page-locked, and one asynchronous copy each way connects them.
 
 Invariant: the copy out is ordered after the kernels that filled the bucket (same stream), and the storage
-counts as filled only when its event has passed. The copy in is enqueued on the stream of the device, so that
-kernels that the program enqueues later see the mean; the host need not wait for it.
+counts as filled only when its event has passed. The copy in is enqueued on that stream too, whoever makes
+the progress: a thread has another current stream. The stream that is current where the program waits for the
+bucket is made to wait for it, so that kernels enqueued later see the mean; the host need not wait.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class Staging:
         self._storage = storage
         self._copies = separate or device.type != "cpu"
         self._event: torch.cuda.Event | None = None
+        self._stream: torch.cuda.Stream | None = None
         self._on_gpu = device.type == "cuda"
         self.flat = torch.zeros_like(storage, device=device) if self._copies else storage
         if self._on_gpu and storage.numel():
@@ -50,7 +52,8 @@ class Staging:
         self._storage.copy_(self.flat, non_blocking=self._on_gpu)
         if self._on_gpu:
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record(torch.cuda.current_stream(self.flat.device))
+            self._stream = torch.cuda.current_stream(self.flat.device)
+            event.record(self._stream)
             self._event = event
 
     def is_out(self) -> bool:
@@ -58,9 +61,17 @@ class Staging:
         return self._event is None or bool(self._event.query())  # type: ignore[no-untyped-call]
 
     def bring_in(self) -> None:
-        """Copy the result to the bucket; later work on its device sees it. Local."""
-        if self._copies:
-            self.flat.copy_(self._storage, non_blocking=self._on_gpu)
+        """Start to copy the result to the bucket. Local."""
+        if self._stream is not None:
+            with torch.cuda.stream(self._stream):
+                self.flat.copy_(self._storage, non_blocking=True)
+        elif self._copies:
+            self.flat.copy_(self._storage)
+
+    def order(self) -> None:
+        """Let what is enqueued from here on see the result. Local."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self.flat.device).wait_stream(self._stream)
 
 
 def pin(storage: torch.Tensor) -> None:

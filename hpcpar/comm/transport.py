@@ -42,7 +42,8 @@ if TYPE_CHECKING:
 
 __all__ = ["MessageTransport", "SharedMemoryTransport", "SingleTransport", "Transport"]
 
-_BLOCK_BYTES = 128 * 1024
+_CACHE_BYTES = 1 << 20  # a block of every segment together; most cores have as much second-level cache
+_SMALLEST_BLOCK_BYTES = 64 * 1024
 _ALIGN_ELEMENTS = 64
 
 
@@ -62,6 +63,10 @@ class Transport(ABC):
     @abstractmethod
     def delivered(self, rank: int, bucket: int, step: int) -> bool | None:
         """Whether ``rank`` has done its part of ``bucket``; ``None`` when that cannot be seen from here."""
+
+    def owes(self, rank: int, bucket: int, step: int) -> str:
+        """What ``rank`` has yet to do for ``bucket``, in words; empty when unknown or nothing. Local."""
+        return ""
 
     def free(self) -> None:
         """Give back what was allocated. Collective."""
@@ -167,6 +172,7 @@ class SharedMemoryTransport(Transport):
         # Every node must cut buckets alike, so the smallest node decides how many owners there are.
         self._owners = range(comm.node_map.smallest_node)
         self._flights: dict[int, WireReduction] = {}
+        self._block_bytes = max(_CACHE_BYTES // node.size, _SMALLEST_BLOCK_BYTES)
         self._scratches: dict[torch.dtype, torch.Tensor] = {}
         self._summed = [0] * len(layouts)  # step of the last sum of my slice
         self._next_rail = 0  # rails start buckets in index order, the same on every node
@@ -187,7 +193,7 @@ class SharedMemoryTransport(Transport):
         if self._node.rank not in self._owners:
             return []
         start, end = slice_bounds(layout.numel, len(self._owners), _ALIGN_ELEMENTS)[self._node.rank]
-        step = _BLOCK_BYTES // layout.dtype.itemsize
+        step = self._block_bytes // layout.dtype.itemsize
         segments = [
             self._window.tensor(rank, offset, layout.numel, layout.dtype)[start:end]
             for rank in range(self._node.size)
@@ -221,9 +227,12 @@ class SharedMemoryTransport(Transport):
             self._summed[bucket] = step
         elif self._rail is None:
             for block in self._slices[bucket]:
-                total = add_in_order(block, self._scratch(block[0].dtype)).mul_(scale)
+                # In place where that is exact: one pass over memory less than by way of the scratch block.
+                narrow = accumulation_dtype(block[0].dtype) is not None
+                total = add_in_order(block, self._scratch(block[0].dtype) if narrow else block[0]).mul_(scale)
                 for segment in block:
-                    segment.copy_(total)
+                    if segment is not total:
+                        segment.copy_(total)
             self._finish(bucket, step)
         else:
             for block in self._slices[bucket]:
@@ -234,7 +243,7 @@ class SharedMemoryTransport(Transport):
     def _scratch(self, dtype: torch.dtype) -> torch.Tensor:
         """A block in the type that ``dtype`` is summed in; it stays in the cache."""
         if dtype not in self._scratches:
-            count = _BLOCK_BYTES // dtype.itemsize
+            count = self._block_bytes // dtype.itemsize
             self._scratches[dtype] = torch.empty(count, dtype=accumulation_dtype(dtype) or dtype)
         return self._scratches[dtype]
 
@@ -267,6 +276,17 @@ class SharedMemoryTransport(Transport):
             local not in self._owners or self._board.read(local, self._reduced + bucket) >= step
         )
 
+    def owes(self, rank: int, bucket: int, step: int) -> str:
+        """Read it off the board."""
+        if self.delivered(rank, bucket, step) is not False:
+            return ""
+        local = self._comm.node_map.local_index(rank)
+        if self._board.read(local, self._filled + bucket) < step:
+            return f"rank {rank} has not filled it"
+        if not self._board.all_reached(self._filled + bucket, step):
+            return ""  # it cannot go on before the others
+        return f"rank {rank} has not summed its slice of it"
+
     def free(self) -> None:
         """Free the window."""
         super().free()
@@ -283,15 +303,14 @@ def segment_layout(layouts: Sequence[BucketLayout]) -> tuple[list[int], int]:
     return offsets, offsets[-1] + FlagBoard.nbytes(2 * len(layouts))
 
 
-def add_in_order(block: Sequence[torch.Tensor], scratch: torch.Tensor) -> torch.Tensor:
-    """Sum equally long flat tensors, first to last, into the beginning of ``scratch``. Local."""
-    total = scratch[: block[0].numel()]
-    if len(block) == 1 or total.dtype != block[0].dtype:
+def add_in_order(block: Sequence[torch.Tensor], out: torch.Tensor) -> torch.Tensor:
+    """Sum equally long flat tensors, first to last, into the beginning of ``out``. Local.
+
+    ``out`` may be the first of them, or a tensor of a wider type.
+    """
+    total = out if out is block[0] else out[: block[0].numel()]
+    if total is not block[0]:
         total.copy_(block[0])
-        rest = block[1:]
-    else:
-        torch.add(block[0], block[1], out=total)
-        rest = block[2:]
-    for part in rest:
+    for part in block[1:]:
         total.add_(part)
     return total

@@ -88,6 +88,11 @@ class DataParallel(nn.Module):
     MismatchError
         On every rank, when the ranks' models differ.
 
+    Notes
+    -----
+    Compile the module, ``DataParallel(torch.compile(net))``, and not this wrapper: compiled code around it
+    would not notice parameters that an overlapping optimizer has yet to update.
+
     Examples
     --------
     >>> model = hpcpar.nn.DataParallel(net)
@@ -135,6 +140,8 @@ class DataParallel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the wrapped module. Local, except for the first training forward of a copy."""
+        if self._optimizer is not None and hides_parameters(self.module):
+            self._optimizer.finish()
         if not torch.is_grad_enabled() or self._freed:
             return self.module(*args, **kwargs)
         if self.training:
@@ -315,6 +322,16 @@ class DataParallel(nn.Module):
         comm = self._comm if self._gradients is None else self._gradients.reducer.comm
         assert comm is not None
         broadcast_packed([*self.module.parameters(), *self.module.buffers()], comm, root)
+
+
+def hides_parameters(module: nn.Module) -> bool:
+    """Whether scripted or compiled code reads parameters, which does not notice stale ones. Local."""
+    return any(
+        isinstance(m, torch.jit.ScriptModule)
+        or m._compiled_call_impl is not None
+        or "_orig_mod" in m._modules
+        for m in module.modules()
+    )
 
 
 def broadcast_packed(tensors: Sequence[torch.Tensor], comm: Communicator, root: int) -> None:

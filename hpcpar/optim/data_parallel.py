@@ -88,6 +88,8 @@ class DataParallelOptimizer(torch.optim.Optimizer):
 
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """Do a step: at once for gradients that are there, at first use for those under way. Local."""
+        if any(overlap.step_is_due for overlap in self._overlaps):
+            self.finish()
         if not any(overlap.pending for overlap in self._overlaps):
             return self.optimizer.step() if closure is None else self.optimizer.step(closure)
         if closure is not None:
@@ -104,6 +106,7 @@ class DataParallelOptimizer(torch.optim.Optimizer):
             self.finish()
             return self.optimizer.step()
         partial_step(self.optimizer, settings, lambda parameter: id(parameter) not in later)
+        self.optimizer._opt_called = True  # type: ignore[attr-defined]  # schedulers want a step before theirs
         return None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -187,6 +190,10 @@ class _Overlap:
         self._zero: bool | None = None
         gradients.overlapped = self._start
         gradients.before_begin = self.settle_all
+
+    @property
+    def step_is_due(self) -> bool:
+        return self._settings is not None
 
     def covers(self, parameters: set[int]) -> bool:
         return any(id(parameter) in parameters for bucket in self._buckets for parameter in bucket)

@@ -8,7 +8,9 @@ class, waits for the gradient, applies the update; afterwards the parameter is a
 nothing. Reading what an update cannot change (shape, dtype, device, ``requires_grad``) settles nothing.
 
 The interception is Python's; compiled and scripted code that holds a parameter by its C++ handle is not
-seen by it, and :class:`~hpcpar.nn.DataParallel` settles everything before it runs such a module.
+seen by it, and :class:`~hpcpar.nn.DataParallel` settles everything before it runs such a module. Not seen
+either are compiled functions and ``torch.func`` transforms that get a parameter outside of any module: call
+``finish()`` of the optimizer before these.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ _UNCHANGED = frozenset(
             getattr(torch.Tensor, name).__get__
             for name in ("shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_leaf", "is_cuda")
         ),
-        *(getattr(torch.Tensor, name) for name in ("size", "dim", "numel", "stride", "element_size")),
+        # Not size(): it is how vmap first looks at a tensor, the rest of which happens in C++.
+        *(getattr(torch.Tensor, name) for name in ("dim", "numel", "stride", "element_size")),
         *(getattr(torch.Tensor, name) for name in ("is_floating_point", "is_complex", "is_contiguous")),
         Tensor.register_post_accumulate_grad_hook,
         Tensor.__len__,

@@ -156,7 +156,9 @@ def test_several_parameter_groups_and_clipping(comm: Communicator) -> None:
     def groups(net: nn.Module) -> torch.optim.Optimizer:
         weights = [p for p in net.parameters() if p.dim() > 1]
         biases = [p for p in net.parameters() if p.dim() == 1]
-        return torch.optim.AdamW([{"params": weights}, {"params": biases, "lr": 0.05, "weight_decay": 0.0}], lr=0.01)
+        return torch.optim.AdamW(
+            [{"params": weights}, {"params": biases, "lr": 0.05, "weight_decay": 0.0}], lr=0.01
+        )
 
     def clipped(net: nn.Module, model: nn.Module, optimizer: Any, data: Any, cached: bool) -> None:
         parameters = list(model.parameters())
@@ -179,7 +181,7 @@ def test_several_parameter_groups_and_clipping(comm: Communicator) -> None:
             assert_close(net, reference, (mode, cached))
 
 
-def test_autocast_and_gradient_accumulation_of_unequal_length_loops(comm: Communicator) -> None:
+def test_autocast(comm: Communicator) -> None:
     """Under autocast the parameters stay wide, and so do their gradients."""
     batches = make_batches(comm, 3, dtype=torch.float32)
 
@@ -204,7 +206,7 @@ def test_autocast_and_gradient_accumulation_of_unequal_length_loops(comm: Commun
 
 
 @pytest.mark.parametrize("kind", ["plain", "fused"])
-def test_infinite_gradient_on_one_rank_makes_grad_scaler_skip_everywhere(comm: Communicator, kind: str) -> None:
+def test_infinite_gradient_on_one_rank_makes_all_skip_the_step(comm: Communicator, kind: str) -> None:
     x, y = local_part(comm, *make_batches(comm, 1, dtype=torch.float32)[0])
     for mode in MODES:
         net = mlp(torch.float32)
@@ -506,7 +508,9 @@ def by_torch(model: DataParallel) -> DataParallel:
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, by_pickle, by_torch])
-def test_copy_trains_on_its_own(comm: Communicator, duplicate: Callable[[DataParallel], DataParallel]) -> None:
+def test_copy_trains_on_its_own(
+    comm: Communicator, duplicate: Callable[[DataParallel], DataParallel]
+) -> None:
     batches = make_batches(comm, 4)
     mine = [local_part(comm, *batch) for batch in batches]
     reference = train_reference(mlp(), momentum, batches)
@@ -551,7 +555,9 @@ def test_attributes_fall_through(comm: Communicator) -> None:
     assert model.module is net
     with pytest.raises(AttributeError, match="nowhere"):
         _ = model.nowhere
-    assert [name for name, _ in model.named_parameters()] == [f"module.{n}" for n, _ in net.named_parameters()]
+    assert [name for name, _ in model.named_parameters()] == [
+        f"module.{n}" for n, _ in net.named_parameters()
+    ]
     model.free()
 
 
@@ -684,7 +690,7 @@ def test_gradients_live_in_the_buckets_and_memory_does_not_grow(comm: Communicat
 
     def tensors() -> int:
         gc.collect()
-        return sum(1 for thing in gc.get_objects() if isinstance(thing, Tensor))
+        return sum(1 for thing in gc.get_objects() if issubclass(type(thing), Tensor))
 
     train(model, optimizer, batches * 5)
     before = tensors()

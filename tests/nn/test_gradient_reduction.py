@@ -125,9 +125,7 @@ def test_random_models_with_random_use(comm: Communicator) -> None:
             options = {"bucket_mb": bucket_mb, "transport": transport}
             model = wrap(mine, nodes, blocking_parameter_updates=blocking, **options)
             for step in range(4):
-                paths = [
-                    [choose(count) for _ in range(1 + choose(count))] for _ in range(comm.size)
-                ]
+                paths = [[choose(count) for _ in range(1 + choose(count))] for _ in range(comm.size)]
                 if choose(2):
                     model.zero_grad(set_to_none=bool(step % 2))
                     reference.zero_grad(set_to_none=bool(step % 2))
@@ -460,7 +458,10 @@ def test_sparse_embeddings_train_as_in_one_process(comm: Communicator, kind: str
     def optimizers(net: Lookup) -> list[torch.optim.Optimizer]:
         if kind == "tied":
             return [torch.optim.SGD(net.parameters(), lr=0.1)]
-        return [torch.optim.SparseAdam(net.table.parameters()), torch.optim.SGD(net.head.parameters(), lr=0.1)]
+        return [
+            torch.optim.SparseAdam(net.table.parameters()),
+            torch.optim.SGD(net.head.parameters(), lr=0.1),
+        ]
 
     for ranks_per_node, transport in ((None, "auto"), (None, "mpi"), (2, "auto")):
         for samples in (False, True):

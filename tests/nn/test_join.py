@@ -75,7 +75,9 @@ def test_uneven_batches_train_as_one_process(comm: Communicator, plan: list[list
             assert_close(net, reference, (transport, stepped, overlap))
             assert_replicas_equal(comm, net.parameters())
             if stepped and not overlap:
-                momenta = [optimizer.state[p]["momentum_buffer"] for p in net.parameters() if optimizer.state[p]]
+                momenta = [
+                    optimizer.state[p]["momentum_buffer"] for p in net.parameters() if optimizer.state[p]
+                ]
                 assert_replicas_equal(comm, momenta)
             model.free()
 

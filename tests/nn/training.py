@@ -55,12 +55,14 @@ def pretended_nodes(comm: Communicator, ranks_per_node: int | None) -> Iterator[
 
 def mlp(dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Sequential:
     torch.manual_seed(seed)
-    return nn.Sequential(
-        nn.Linear(FEATURES, 9), nn.Tanh(), nn.Linear(9, 7), nn.Tanh(), nn.Linear(7, 3)
-    ).to(dtype)
+    return nn.Sequential(nn.Linear(FEATURES, 9), nn.Tanh(), nn.Linear(9, 7), nn.Tanh(), nn.Linear(7, 3)).to(
+        dtype
+    )
 
 
-def make_batches(comm: Communicator, steps: int, *, rows: int = 4, dtype: torch.dtype = torch.float64) -> list[Batch]:
+def make_batches(
+    comm: Communicator, steps: int, *, rows: int = 4, dtype: torch.dtype = torch.float64
+) -> list[Batch]:
     """Global batches, the same on every rank, with ``rows`` for each rank."""
     generator = torch.Generator().manual_seed(4711)
     return [
@@ -114,7 +116,9 @@ def assert_close(got: nn.Module, expected: nn.Module, what: object = "") -> None
 
 def assert_gradients_close(got: nn.Module, expected: nn.Module, what: object = "") -> None:
     for (name, parameter), other in zip(got.named_parameters(), expected.parameters(), strict=True):
-        assert (parameter.grad is None) == (other.grad is None), f"{name} {what}: {parameter.grad}, {other.grad}"
+        assert (parameter.grad is None) == (other.grad is None), (
+            f"{name} {what}: {parameter.grad}, {other.grad}"
+        )
         if parameter.grad is not None and other.grad is not None:
             torch.testing.assert_close(
                 parameter.grad, other.grad, msg=lambda text, name=name: f"gradient of {name} {what}: {text}"
