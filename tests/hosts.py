@@ -85,9 +85,7 @@ class Hosts:
         ranks = str(ranks_per_host * len(self.names))
         places = self._openmpi(ranks_per_host) if launcher.is_openmpi else self._mpich(ranks_per_host)
         command = self._inside(self.names[0], [launcher.mpirun, *places, "-n", ranks, *program])
-        return Job(
-            command, env=launcher.environment({**extra, **(env or {})}), stdout=stdout, stderr=stderr
-        )
+        return Job(command, env=launcher.environment({**extra, **(env or {})}), stdout=stdout, stderr=stderr)
 
     def _openmpi(self, ranks_per_host: int) -> list[str]:
         hostfile = Path(self._folder.name) / "hosts"
@@ -123,7 +121,7 @@ class Hosts:
                 _run(f"ip netns exec {name} tc qdisc add dev eth0 {shape}")
         self._remote_shell = Path(self._folder.name) / "remote-shell"
         cases = "".join(
-            f"  {address}|{name}) set -- {name} \"$@\" ;;\n"
+            f'  {address}|{name}) set -- {name} "$@" ;;\n'
             for name, address in zip(self.names, self.addresses, strict=True)
         )
         self._remote_shell.write_text(
@@ -135,7 +133,19 @@ class Hosts:
         self._remote_shell.chmod(0o755)
 
     def _inside(self, name: str, command: Sequence[str]) -> list[str]:
-        return ["ip", "netns", "exec", name, "unshare", "--uts", "sh", "-c", f'hostname {name}; exec "$@"', "sh", *command]
+        return [
+            "ip",
+            "netns",
+            "exec",
+            name,
+            "unshare",
+            "--uts",
+            "sh",
+            "-c",
+            f'hostname {name}; exec "$@"',
+            "sh",
+            *command,
+        ]
 
     def _remove(self) -> None:
         for name in self.names:

@@ -24,6 +24,11 @@ from hpcpar.errors import LauncherError
 
 __all__ = ["MPI", "check_launcher", "threads_allowed"]
 
+# Open MPI's UCX component for windows prints an error for every window where it finds no fast network, and
+# windows shared inside a node never use it. Set on import, because the program may start MPI before we do;
+# other MPIs do not read it.
+os.environ.setdefault("OMPI_MCA_osc", "^ucx")
+
 _REMEDY = (
     "Start the program with the mpirun of the MPI library that Python uses (`python -m mpi4py "
     "--mpi-library` names it; the PyPI wheels put it beside the python of their environment), or set "
@@ -112,12 +117,7 @@ def _start() -> ModuleType:
     else:
         from mpi4py import MPI as library
     if not library.Is_initialized():
-        name = library.Get_library_version()
-        _check_library(name)
-        if "Open MPI" in name:
-            # Open MPI's UCX component for windows prints an error for every window when it finds no
-            # fast network; windows shared inside a node never use it.
-            os.environ.setdefault("OMPI_MCA_osc", "^ucx")
+        _check_library(library.Get_library_version())
         library.Init_thread(library.THREAD_MULTIPLE)
     check_launcher(library.COMM_WORLD.Get_size())
     return library

@@ -125,7 +125,7 @@ class DataParallel(nn.Module):
             progress=progress,
         )
         self._reset()
-        check_same_model(module, self._comm)
+        check_same_model(module, self._comm, self._agreed)
         self._broadcast_state(0)
         self._reduce_gradients()
 
@@ -255,6 +255,10 @@ class DataParallel(nn.Module):
     # Parts -----------------------------------------------------------------------------------------------
 
     @property
+    def _agreed(self) -> dict[str, object]:
+        return {**vars(self._options), "broadcast_buffers": self._broadcast_buffers}
+
+    @property
     def _is_prepared(self) -> bool:
         return self._trainable == [parameter.requires_grad for parameter in self.module.parameters()]
 
@@ -274,7 +278,7 @@ class DataParallel(nn.Module):
             self._finish_updates()
             if self._gradients is not None:
                 self._gradients.free()
-            check_same_model(self.module, self._comm)
+            check_same_model(self.module, self._comm, self._agreed)
             self._reduce_gradients()
 
     def _reduce_gradients(self) -> None:

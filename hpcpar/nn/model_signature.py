@@ -8,6 +8,7 @@ differ, the lines are gathered and every rank raises the same error, which shows
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -40,15 +41,15 @@ def _memory_order(tensor: torch.Tensor) -> str:
     return "" if order == axes else f" axes {tuple(order)}"
 
 
-def check_same_model(module: nn.Module, comm: Communicator) -> None:
-    """Raise on every rank when the models of the ranks differ. Collective.
+def check_same_model(module: nn.Module, comm: Communicator, options: Mapping[str, object]) -> None:
+    """Raise on every rank when the models of the ranks, or the options for them, differ. Collective.
 
     Raises
     ------
     MismatchError
         Names the first rank that differs from rank 0 and what it has instead.
     """
-    lines = describe(module)
+    lines = describe(module) + [f"option {name} {value}" for name, value in options.items()]
     digests = comm.allgather(hashlib.sha256("\n".join(lines).encode()).hexdigest())
     if len(set(digests)) == 1:
         return
@@ -60,8 +61,8 @@ def check_same_model(module: nn.Module, comm: Communicator) -> None:
     )
     shown = [part[place] if place < len(part) else "nothing more" for part in (first, second)]
     raise MismatchError(
-        f"the model must be the same on all ranks, got {len(first)} parameters and buffers on rank 0 and "
-        f"{len(second)} on rank {other}; first difference: {shown[0]!r} on rank 0, {shown[1]!r} on rank "
-        f"{other}. Build it from the same code and options everywhere (seeds may differ: rank 0's values are "
-        "broadcast)."
+        f"the model must be the same on all ranks, got {len(first)} parameters, buffers and options on "
+        f"rank 0 and {len(second)} on rank {other}; first difference: {shown[0]!r} on rank 0, {shown[1]!r} "
+        f"on rank {other}. Build it from the same code and options everywhere (seeds may differ: rank 0's "
+        "values are broadcast)."
     )

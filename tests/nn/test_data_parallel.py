@@ -604,6 +604,20 @@ def test_different_models_raise_the_same_error_everywhere(comm: Communicator) ->
         assert len(set(comm.allgather(str(caught.value)))) == 1
 
 
+def test_different_options_raise_the_same_error_everywhere(comm: Communicator) -> None:
+    if comm.size == 1:
+        pytest.skip("needs two ranks")
+    odd = comm.rank == comm.size - 1
+    for options in (
+        {"bucket_mb": 3 + odd},
+        {"transport": "mpi" if odd else "auto"},
+        {"broadcast_buffers": odd},
+    ):
+        with pytest.raises(MismatchError, match="first difference: 'option") as caught:
+            DataParallel(mlp(), comm, **options)
+        assert len(set(comm.allgather(str(caught.value)))) == 1
+
+
 def test_unknown_options_raise_on_any_number_of_ranks(comm: Communicator) -> None:
     wrong: list[dict[str, Any]] = [{"transport": "pigeon"}, {"progress": "magic"}, {"wire_dtype": torch.int8}]
     for options in wrong:
