@@ -196,11 +196,11 @@ def reducer_variant(comm: Communicator, count: int, transport: str) -> Variant:
     reducer = Reducer(comm, [BucketLayout(torch.float32, count)], transport=transport)
 
     def run() -> None:
-        reducer.begin()
+        reducer.begin(average=False)  # a sum, as the others make
         reducer.publish(0)
         reducer.wait(0)
 
-    return Variant(run, reducer.flats[0], (comm.size + 1) / 2.0, reducer.free)
+    return Variant(run, reducer.flats[0], comm.size * (comm.size + 1) / 2.0, reducer.free)
 
 
 def check(comm: Communicator, name: str, variant: Variant) -> None:

@@ -7,9 +7,10 @@ Importing it does not start MPI; the first communicator does.
 from hpcpar.comm.bucket import BucketLayout, Slot, plan_buckets, view_slot
 from hpcpar.comm.communicator import Communicator, world
 from hpcpar.comm.mpi import MPI, threads_allowed
-from hpcpar.comm.reducer import Reducer, ReducerStats, TransportKind
+from hpcpar.comm.reducer import Reducer, ReducerStats
 from hpcpar.comm.request import Request, wait_all
 from hpcpar.comm.topology import NodeMap, ProcessGrid
+from hpcpar.comm.transport_choice import TransportKind
 
 __all__ = [
     "MPI",

@@ -11,7 +11,7 @@ called by the program between its own work, by every waiting loop of this proces
 (:mod:`hpcpar.comm.progress`), or by a thread of its own.
 
 When a bucket is done, its flat tensor holds the mean over the ranks, weighted if :meth:`Reducer.begin` was
-given weights. Until then nobody may touch it.
+given weights, or the sum if it was told so. Until then nobody may touch it.
 
 A rank that has nothing to contribute publishes zeros; a rank that is late is named by whoever waits for it
 too long, with the bucket that it has not delivered.
@@ -19,13 +19,11 @@ too long, with the bucket that it has not delivered.
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,31 +34,14 @@ from hpcpar.comm.progress import ENGINE, Patience, wait_until
 from hpcpar.comm.progress_thread import ProgressThread
 from hpcpar.comm.request import Request
 from hpcpar.comm.roll_call import RollCall
-from hpcpar.comm.shared_memory import has_space
 from hpcpar.comm.staging import Staging
-from hpcpar.comm.transport import (
-    MessageTransport,
-    SharedMemoryTransport,
-    SingleTransport,
-    Transport,
-    segment_layout,
-)
-from hpcpar.errors import CommunicatorFreedError, HpcparError, MismatchError, RankFailedError
+from hpcpar.comm.transport_choice import choose_transport
+from hpcpar.errors import CommunicatorFreedError, HpcparError, RankFailedError
 
 if TYPE_CHECKING:
     from hpcpar.comm.communicator import Communicator
 
-__all__ = ["Reducer", "ReducerStats", "TransportKind"]
-
-_LOG = logging.getLogger(__name__)
-
-
-class TransportKind(Enum):
-    """How buckets travel; see :mod:`hpcpar.comm.transport`."""
-
-    AUTO = "auto"
-    SHARED_MEMORY = "shared_memory"
-    MPI = "mpi"
+__all__ = ["Reducer", "ReducerStats"]
 
 
 @dataclass(frozen=True)
@@ -126,7 +107,13 @@ class Reducer:
         self._comm = comm.Dup()
         self._layouts = list(layouts)
         self._name = name
-        self._transport, self._kind = _make_transport(self._comm, self._layouts, transport, wire_dtype)
+        self._transport, self._kind = choose_transport(
+            self._comm,
+            self._layouts,
+            transport,
+            wire_dtype,
+            pinned=any(d.type == "cuda" for d in devices or ()),
+        )
         self._stagings = [
             Staging(host, device)
             for host, device in zip(
@@ -136,10 +123,11 @@ class Reducer:
         self.flats = [staging.flat for staging in self._stagings]
         # Roll calls travel on the duplicate itself, on which nobody sends point-to-point messages.
         self._roll_call = RollCall(self._comm.mpi) if self._comm.size > 1 else None
-        self._pids = self._comm.node.allgather(os.getpid())
+        self._pids = _visible(self._comm.node.allgather(os.getpid()))
         self._busy = threading.Lock()
         self._step = 0
-        self._scale = 1.0 / self._comm.size
+        self._scale = 1.0
+        self._average = True
         self._weights: torch.Tensor | None = None
         self._weights_request: Request | None = None
         self._published = [False] * len(layouts)
@@ -166,7 +154,7 @@ class Reducer:
         """Whether nothing is under way. Local."""
         return not self._open and not self._pending
 
-    def begin(self, weight: float | None = None, *, active: bool = True) -> None:
+    def begin(self, weight: float | None = None, *, active: bool = True, average: bool = True) -> None:
         """Start a reduction of all buckets. Collective, does not wait.
 
         Parameters
@@ -176,6 +164,8 @@ class Reducer:
             ranks give weights or none does (``None``: equal weights, nothing to multiply).
         active
             Weighted reductions count the active ranks, see :meth:`active_ranks`.
+        average
+            Divide the sum by the number of ranks, or by the sum of the weights; ``False`` leaves it.
 
         Raises
         ------
@@ -193,7 +183,8 @@ class Reducer:
         self._sent = 0
         self._published = [False] * len(self._layouts)
         self._done = [False] * len(self._layouts)
-        self._scale = 1.0 / self._comm.size
+        self._average = average
+        self._scale = 1.0 / self._comm.size if average else 1.0
         self._weights = None
         if weight is not None:
             self._weights = torch.tensor([weight, float(active)], dtype=torch.float64)
@@ -315,6 +306,8 @@ class Reducer:
         if self._thread is not None:
             self._thread.stop()
         ENGINE.discard(self)
+        if self._roll_call is not None:
+            self._roll_call.close()
         self.flats = []
         self._stagings = []
         self._transport.free()
@@ -362,7 +355,7 @@ class Reducer:
         while self._is_queued:
             if not self._stagings[self._sent].is_out():
                 return
-            self._transport.publish(self._sent, self._step)
+            self._transport.publish(self._sent, self._step, self._scale)
             self._pending.append(self._sent)
             self._sent += 1
         if self._sent == len(self._layouts):
@@ -373,7 +366,7 @@ class Reducer:
             return
         left = []
         for bucket in self._pending:
-            if self._transport.advance(bucket, self._step, self._scale):
+            if self._transport.advance(bucket, self._step):
                 self._stagings[bucket].bring_in()
                 self._done[bucket] = True
             else:
@@ -386,7 +379,8 @@ class Reducer:
         assert self._weights is not None
         self._weights_request = None
         total = float(self._weights[0])
-        self._scale = 1.0 / total if total > 0.0 else 0.0
+        if self._average:
+            self._scale = 1.0 / total if total > 0.0 else 0.0
 
     def _number(self, bucket: int) -> int:
         """A number that grows with every bucket sent, for roll calls."""
@@ -425,11 +419,16 @@ class _ReducerPatience(Patience):
         if reducer._roll_call is not None:
             reducer._roll_call.tick(reducer._number(reducer._sent), waited_s, timeout_s)
         members = reducer._comm.node_map.ranks_of(reducer._comm.node_rank)
-        dead = [rank for rank, pid in zip(members, reducer._pids, strict=True) if not _is_alive(pid)]
+        dead = [rank for rank, pid in zip(members, reducer._pids, strict=False) if not _is_alive(pid)]
         if dead:
             raise RankFailedError(
                 dead, f"{self.operation}: {reducer._where} waits for ranks {dead}, whose processes have died"
             )
+
+
+def _visible(pids: list[int]) -> list[int]:
+    """The process ids, or none where ranks live in process namespaces of their own and prove nothing."""
+    return pids if all(_is_alive(pid) for pid in pids) else []
 
 
 def _is_alive(pid: int) -> bool:
@@ -440,34 +439,3 @@ def _is_alive(pid: int) -> bool:
     except PermissionError:
         return True
     return True
-
-
-def _make_transport(
-    comm: Communicator, layouts: Sequence[BucketLayout], transport: str, wire_dtype: torch.dtype | None
-) -> tuple[Transport, str]:
-    """The transport asked for, or the best that fits; the same on every rank. Collective."""
-    try:
-        kind = TransportKind(transport)
-    except ValueError:
-        choices = ", ".join(repr(kind.value) for kind in TransportKind)
-        raise MismatchError(f"transport must be one of {choices}, got {transport!r}") from None
-    if comm.size == 1:
-        return SingleTransport(layouts), "none"
-    shared = "shared_memory" if comm.num_nodes == 1 else "shared_memory+rails"
-    if kind is TransportKind.MPI or (kind is TransportKind.AUTO and comm.node_map.largest_node == 1):
-        return MessageTransport(comm, layouts, wire_dtype), "mpi"
-    _, nbytes = segment_layout(layouts)
-    if has_space(comm, nbytes):
-        return SharedMemoryTransport(comm, layouts, wire_dtype), shared
-    if kind is TransportKind.SHARED_MEMORY:
-        raise HpcparError(
-            f"transport='shared_memory' must find room for {nbytes / 2**20:.1f} MiB per rank in /dev/shm on "
-            f"every node, got less. Enlarge it (docker: --shm-size) or use transport='auto'"
-        )
-    if comm.rank == 0:
-        _LOG.warning(
-            "/dev/shm has no room for %.1f MiB per rank on every node; buckets go by MPI messages, which is "
-            "slower. Enlarge it (docker: --shm-size).",
-            nbytes / 2**20,
-        )
-    return MessageTransport(comm, layouts, wire_dtype), "mpi"

@@ -15,6 +15,7 @@ touches its whole segment when the window is made (which also places the pages o
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["CACHE_LINE_BYTES", "FlagBoard", "SharedWindow", "has_space"]
 
 CACHE_LINE_BYTES = 64
+_LOG = logging.getLogger(__name__)
 _RESERVE_BYTES = 4 << 20
 
 
@@ -41,9 +43,12 @@ class SharedWindow:
         Ranks on one node, such as ``comm.node``.
     nbytes
         Size of this rank's segment.
+    pinned
+        Page-lock this rank's segment, so that copies from and to a GPU are asynchronous. Where the driver
+        refuses (a limit on locked memory) copies are slower, not wrong.
     """
 
-    def __init__(self, node: Communicator, nbytes: int) -> None:
+    def __init__(self, node: Communicator, nbytes: int, *, pinned: bool = False) -> None:
         info = MPI.Info.Create()
         info.Set("alloc_shared_noncontig", "true")  # page-aligned segments, each on its rank's NUMA domain
         self._window: Any = MPI.Win.Allocate_shared(max(nbytes, CACHE_LINE_BYTES), 1, info, node.mpi)
@@ -51,7 +56,8 @@ class SharedWindow:
         self._window.Lock_all(MPI.MODE_NOCHECK)
         self._segments = [self._window.Shared_query(rank)[0] for rank in range(node.size)]
         self._rank = node.rank
-        torch.frombuffer(self._segments[node.rank], dtype=torch.uint8).zero_()
+        own = torch.frombuffer(self._segments[node.rank], dtype=torch.uint8).zero_()
+        self._pinned = pinned and page_lock(own)
         node.Barrier()
 
     def tensor(self, rank: int, offset: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
@@ -71,6 +77,8 @@ class SharedWindow:
     def free(self) -> None:
         """Give the memory back; tensors on it must not be used any more. Collective."""
         if self._window is not None:
+            if self._pinned:
+                page_unlock(torch.frombuffer(self._segments[self._rank], dtype=torch.uint8))
             self._segments = []
             self._window.Unlock_all()
             self._window.Free()
@@ -80,6 +88,21 @@ class SharedWindow:
         if self._window is None:
             raise CommunicatorFreedError("a shared window must not be used after free()")
         return self._segments[rank]
+
+
+def page_lock(memory: torch.Tensor) -> bool:
+    """Register host memory that CUDA did not allocate with it; whether it agreed. Local."""
+    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    verdict = int(runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+    if verdict:
+        _LOG.warning("CUDA does not page-lock %d bytes (error %d); copies are slower", memory.nbytes, verdict)
+    return verdict == 0
+
+
+def page_unlock(memory: torch.Tensor) -> None:
+    """Undo :func:`page_lock`, before the memory goes. Local."""
+    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    runtime.cudaHostUnregister(memory.data_ptr())
 
 
 class FlagBoard:

@@ -42,8 +42,6 @@ class Staging:
         self._stream: torch.cuda.Stream | None = None
         self._on_gpu = device.type == "cuda"
         self.flat = torch.zeros_like(storage, device=device) if self._copies else storage
-        if self._on_gpu and storage.numel():
-            pin(storage)
 
     def begin_out(self) -> None:
         """Start to copy the bucket to the host, after what fills it. Local."""
@@ -72,11 +70,3 @@ class Staging:
         """Let what is enqueued from here on see the result. Local."""
         if self._stream is not None:
             torch.cuda.current_stream(self.flat.device).wait_stream(self._stream)
-
-
-def pin(storage: torch.Tensor) -> None:
-    """Page-lock host memory that CUDA did not allocate, so that copies are asynchronous. Local.
-
-    A driver that refuses (locked-memory limits) leaves the memory as it is: copies are slower, not wrong.
-    """
-    torch.cuda.cudart().cudaHostRegister(storage.data_ptr(), storage.nbytes, 0)  # type: ignore[no-untyped-call]

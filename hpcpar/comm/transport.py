@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MessageTransport", "SharedMemoryTransport", "SingleTransport", "Transport"]
 
-_CACHE_BYTES = 1 << 20  # a block of every segment together; most cores have as much second-level cache
+_CACHE_BYTES = 512 * 1024  # a block of every segment together, to stay in a second-level cache
 _SMALLEST_BLOCK_BYTES = 64 * 1024
 _ALIGN_ELEMENTS = 64
 
@@ -53,12 +53,15 @@ class Transport(ABC):
     storage: list[torch.Tensor]
 
     @abstractmethod
-    def publish(self, bucket: int, step: int) -> None:
-        """Declare this rank's contents of ``bucket`` final for ``step``. In index order on every rank."""
+    def publish(self, bucket: int, step: int, scale: float) -> None:
+        """Declare this rank's contents of ``bucket`` final for ``step``. In index order on every rank.
+
+        The result will be the sum times ``scale``, which is the same on all ranks.
+        """
 
     @abstractmethod
-    def advance(self, bucket: int, step: int, scale: float) -> bool:
-        """Go on with a published bucket; whether ``storage`` holds the sum times ``scale`` now."""
+    def advance(self, bucket: int, step: int) -> bool:
+        """Go on with a published bucket; whether ``storage`` holds the result now."""
 
     @abstractmethod
     def delivered(self, rank: int, bucket: int, step: int) -> bool | None:
@@ -79,13 +82,12 @@ class SingleTransport(Transport):
     def __init__(self, layouts: Sequence[BucketLayout]) -> None:
         self.storage = [torch.zeros(layout.numel, dtype=layout.dtype) for layout in layouts]
 
-    def publish(self, bucket: int, step: int) -> None:
-        """Nothing to announce."""
+    def publish(self, bucket: int, step: int, scale: float) -> None:
+        """Nothing to add."""
+        scale_by(self.storage[bucket], scale)
 
-    def advance(self, bucket: int, step: int, scale: float) -> bool:
+    def advance(self, bucket: int, step: int) -> bool:
         """The sum over one rank is there."""
-        if scale != 1.0:
-            self.storage[bucket].mul_(scale)
         return True
 
     def delivered(self, rank: int, bucket: int, step: int) -> bool:
@@ -104,26 +106,35 @@ class MessageTransport(Transport):
         The buckets.
     wire_dtype
         Narrower type to send in, ``None`` for the bucket's own.
+    pinned
+        Page-lock the storage, for buckets that are copied from and to a GPU.
     """
 
     def __init__(
-        self, comm: Communicator, layouts: Sequence[BucketLayout], wire_dtype: torch.dtype | None
+        self,
+        comm: Communicator,
+        layouts: Sequence[BucketLayout],
+        wire_dtype: torch.dtype | None,
+        *,
+        pinned: bool = False,
     ) -> None:
         self._comm = comm
         self._wire_dtype = wire_dtype
-        self.storage = [torch.zeros(layout.numel, dtype=layout.dtype) for layout in layouts]
+        self.storage = [
+            torch.zeros(layout.numel, dtype=layout.dtype, pin_memory=pinned) for layout in layouts
+        ]
         self._flights: dict[int, WireReduction] = {}
 
-    def publish(self, bucket: int, step: int) -> None:
-        """Start the message."""
+    def publish(self, bucket: int, step: int, scale: float) -> None:
+        """Start the message; scaled before it leaves, so that a 16-bit sum does not overflow."""
+        scale_by(self.storage[bucket], scale)
         self._flights[bucket] = WireReduction(self._comm, self.storage[bucket], self._wire_dtype)
 
-    def advance(self, bucket: int, step: int, scale: float) -> bool:
+    def advance(self, bucket: int, step: int) -> bool:
         """Look whether it has arrived."""
         if not self._flights[bucket].test():
             return False
         del self._flights[bucket]
-        self.storage[bucket].mul_(scale)
         return True
 
     def delivered(self, rank: int, bucket: int, step: int) -> bool | None:
@@ -160,10 +171,17 @@ class SharedMemoryTransport(Transport):
         The buckets.
     wire_dtype
         Narrower type for the rails; shared memory keeps the bucket's own.
+    pinned
+        Page-lock this rank's segment, for buckets that are copied from and to a GPU.
     """
 
     def __init__(
-        self, comm: Communicator, layouts: Sequence[BucketLayout], wire_dtype: torch.dtype | None
+        self,
+        comm: Communicator,
+        layouts: Sequence[BucketLayout],
+        wire_dtype: torch.dtype | None,
+        *,
+        pinned: bool = False,
     ) -> None:
         node = comm.node
         self._comm, self._node = comm, node
@@ -174,11 +192,12 @@ class SharedMemoryTransport(Transport):
         self._flights: dict[int, WireReduction] = {}
         self._block_bytes = max(_CACHE_BYTES // node.size, _SMALLEST_BLOCK_BYTES)
         self._scratches: dict[torch.dtype, torch.Tensor] = {}
+        self._scales = [1.0] * len(layouts)
         self._summed = [0] * len(layouts)  # step of the last sum of my slice
         self._next_rail = 0  # rails start buckets in index order, the same on every node
         offsets, nbytes = segment_layout(layouts)
         self._filled, self._reduced = 0, len(layouts)
-        self._window = SharedWindow(node, nbytes)
+        self._window = SharedWindow(node, nbytes, pinned=pinned)
         self._board = FlagBoard(self._window, node, offsets[-1], 2 * len(layouts))
         self.storage = [
             self._window.tensor(node.rank, offset, layout.numel, layout.dtype)
@@ -202,21 +221,22 @@ class SharedMemoryTransport(Transport):
             list(block) for block in zip(*(torch.split(segment, step) for segment in segments), strict=True)
         ]
 
-    def publish(self, bucket: int, step: int) -> None:
+    def publish(self, bucket: int, step: int, scale: float) -> None:
         """Raise my flag."""
+        self._scales[bucket] = scale
         self._board.raise_flag(self._filled + bucket, step)
 
-    def advance(self, bucket: int, step: int, scale: float) -> bool:
+    def advance(self, bucket: int, step: int) -> bool:
         """Sum my slice when all have filled, then look whether the other owners have done theirs."""
         if self._summed[bucket] < step:
-            self._sum(bucket, step, scale)
+            self._sum(bucket, step)
         return self._board.all_reached(self._reduced + bucket, step, self._owners)
 
-    def _sum(self, bucket: int, step: int, scale: float) -> None:
+    def _sum(self, bucket: int, step: int) -> None:
         if bucket in self._flights:
             if self._flights[bucket].test():
                 del self._flights[bucket]
-                self._spread(bucket, scale)
+                self._spread(bucket)
                 self._finish(bucket, step)
             return
         if self._rail is not None and bucket != self._next_rail:
@@ -227,18 +247,26 @@ class SharedMemoryTransport(Transport):
             self._summed[bucket] = step
         elif self._rail is None:
             for block in self._slices[bucket]:
-                # In place where that is exact: one pass over memory less than by way of the scratch block.
-                narrow = accumulation_dtype(block[0].dtype) is not None
-                total = add_in_order(block, self._scratch(block[0].dtype) if narrow else block[0]).mul_(scale)
-                for segment in block:
-                    if segment is not total:
-                        segment.copy_(total)
+                self._sum_block(block, block, self._scales[bucket])
             self._finish(bucket, step)
         else:
             for block in self._slices[bucket]:
-                block[self._node.rank].copy_(add_in_order(block, self._scratch(block[0].dtype)))
+                self._sum_block(block, [block[self._node.rank]], self._scales[bucket])
             self._flights[bucket] = WireReduction(self._rail, self._own_slice(bucket), self._wire_dtype)
         self._next_rail = (bucket + 1) % len(self._slices)
+
+    def _sum_block(
+        self, block: Sequence[torch.Tensor], targets: Sequence[torch.Tensor], scale: float
+    ) -> None:
+        """Write the scaled sum of ``block`` to ``targets``, which are some of its tensors."""
+        # In place where that is exact and wanted: one pass over memory less than by way of the scratch.
+        narrow = accumulation_dtype(block[0].dtype) is not None
+        in_place = targets[0] is block[0] and not narrow
+        total = add_in_order(block, block[0] if in_place else self._scratch(block[0].dtype))
+        scale_by(total, scale)
+        for target in targets:
+            if target is not total:
+                target.copy_(total)
 
     def _scratch(self, dtype: torch.dtype) -> torch.Tensor:
         """A block in the type that ``dtype`` is summed in; it stays in the cache."""
@@ -252,11 +280,10 @@ class SharedMemoryTransport(Transport):
         start, end = slice_bounds(flat.numel(), len(self._owners), _ALIGN_ELEMENTS)[self._node.rank]
         return flat[start:end]
 
-    def _spread(self, bucket: int, scale: float) -> None:
+    def _spread(self, bucket: int) -> None:
         """Copy the result, which is in my segment, into the others of the node."""
         for block in self._slices[bucket]:
             own = block[self._node.rank]
-            own.mul_(scale)
             for other in block:
                 if other is not own:
                     other.copy_(own)
@@ -301,6 +328,12 @@ def segment_layout(layouts: Sequence[BucketLayout]) -> tuple[list[int], int]:
     for layout in layouts:
         offsets.append(offsets[-1] + -(-layout.nbytes // CACHE_LINE_BYTES) * CACHE_LINE_BYTES)
     return offsets, offsets[-1] + FlagBoard.nbytes(2 * len(layouts))
+
+
+def scale_by(flat: torch.Tensor, scale: float) -> None:
+    """Multiply in place, unless by one. Local."""
+    if scale != 1.0:
+        flat.mul_(scale)
 
 
 def add_in_order(block: Sequence[torch.Tensor], out: torch.Tensor) -> torch.Tensor:

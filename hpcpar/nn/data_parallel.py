@@ -146,7 +146,8 @@ class DataParallel(nn.Module):
             return self.module(*args, **kwargs)
         if self.training:
             self._prepare()
-        self._samples += _batch_size(args, kwargs)
+        if self.training:
+            self._samples += _batch_size(args, kwargs)
         output = self.module(*args, **kwargs)
         if not self.training and not self._is_prepared:
             on_gradient(output, self._prepare)  # only backward tells that this is more than an evaluation

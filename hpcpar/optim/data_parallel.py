@@ -218,9 +218,13 @@ class _Overlap:
     def _start(self) -> None:
         """Backward has ended; every bucket is on its way."""
         self.pending = set(range(len(self._buckets)))
-        for index, bucket in enumerate(self._buckets):
-            for parameter in bucket:
-                make_pending(parameter, lambda index=index: self._settle(index))  # type: ignore[misc]
+        for index in self.pending:
+            self._guard(index)
+
+    def _guard(self, index: int) -> None:
+        """Let the first use of a parameter of the bucket settle it."""
+        for parameter in self._buckets[index]:
+            make_pending(parameter, lambda: self._settle(index))
 
     def _settle(self, index: int) -> None:
         bucket = self._buckets[index]
@@ -228,8 +232,12 @@ class _Overlap:
             restore(parameter)  # first: what follows uses them
         if index not in self.pending:
             return
+        try:
+            self._gradients.wait(index)
+        except BaseException:
+            self._guard(index)  # a wait that failed leaves them as stale as they were
+            raise
         self.pending.discard(index)
-        self._gradients.wait(index)
         if self._settings is None:
             return
         members = {id(parameter) for parameter in bucket} & self._mine

@@ -41,11 +41,11 @@ def contents(layout: BucketLayout, rank: int, step: int) -> torch.Tensor:
 def reduce(transport: Transport, layouts: list[BucketLayout], rank: int, step: int, scale: float) -> None:
     for bucket, layout in enumerate(layouts):
         transport.storage[bucket].copy_(contents(layout, rank, step))
-        transport.publish(bucket, step)
+        transport.publish(bucket, step, scale)
     left = set(range(len(layouts)))
 
     def done() -> bool:
-        left.difference_update([b for b in sorted(left) if transport.advance(b, step, scale)])
+        left.difference_update([b for b in sorted(left) if transport.advance(b, step)])
         return not left
 
     wait_until(done, Patience("the test", missing=tuple, where=f"rank {rank}"))
@@ -91,8 +91,8 @@ def test_inside_a_node_narrow_types_are_summed_in_float32_and_rounded_once(comm:
 def test_one_rank_only_scales() -> None:
     transport = SingleTransport([BucketLayout(torch.float32, 3)])
     transport.storage[0].fill_(4.0)
-    transport.publish(0, 1)
-    assert transport.advance(0, 1, 0.5)
+    transport.publish(0, 1, 0.5)
+    assert transport.advance(0, 1)
     assert transport.storage[0].tolist() == [2.0] * 3
 
 
