@@ -15,6 +15,8 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from hpcpar.comm import debug
 from hpcpar.comm.buffers import COUNT_LIMIT
 from hpcpar.comm.mpi import MPI
@@ -139,6 +141,35 @@ class CommunicatorBase:
         missing = [name for name, buf in (("sendbuf", sendbuf), ("recvbuf", recvbuf)) if buf is None]
         if len(missing) > (root is not None and self._rank != root):
             raise TypeError(f"{missing[0]} of {operation} must be a buffer, got None ({self._where})")
+
+    def _block(
+        self,
+        operation: str,
+        send: torch.Tensor | None,
+        recv: torch.Tensor | None,
+        send_blocks: int,
+        recv_blocks: int,
+    ) -> tuple[int, torch.dtype]:
+        """Elements and type of a block, the same by both buffers of this rank."""
+        sizes = [
+            (name, tensor, tensor.numel(), blocks)
+            for name, tensor, blocks in (("sendbuf", send, send_blocks), ("recvbuf", recv, recv_blocks))
+            if tensor is not None
+        ]
+        for name, _, numel, blocks in sizes:
+            if numel % blocks:
+                raise MismatchError(
+                    f"{name} of {operation} must divide by {blocks} ranks, "
+                    f"got {numel} elements ({self._where})"
+                )
+        found = {(numel // blocks, tensor.dtype) for _, tensor, numel, blocks in sizes}
+        if len(found) > 1:
+            text = " and ".join(f"{n} of {t.dtype} in {b} block(s)" for n, t, _, b in sizes)
+            raise MismatchError(
+                f"the blocks of {operation} must be equal, got {text}: "
+                f"{[numel for _, _, numel, _ in sizes]} elements ({self._where})"
+            )
+        return found.pop()
 
     def _check_root(self, operation: str, root: int) -> None:
         if not 0 <= root < self._size:

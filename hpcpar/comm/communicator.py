@@ -2,8 +2,8 @@
 
 Upper-case methods take tensors (every dtype, stride and device) and numpy arrays, lower-case ones Python
 objects. All waits have a deadline. The methods live in :mod:`~hpcpar.comm.point_to_point`,
-:mod:`~hpcpar.comm.collectives` and :mod:`~hpcpar.comm.objects`; this file is about what a communicator *is*:
-who made it, who is in it, which nodes it spans, and who frees it.
+:mod:`~hpcpar.comm.transfers`, :mod:`~hpcpar.comm.reductions` and :mod:`~hpcpar.comm.objects`; this file is
+about what a communicator *is*: who made it, who is in it, which nodes it spans, and who frees it.
 
 Invariant: a communicator frees exactly the MPI communicators that it made. It never sends on
 ``MPI.COMM_WORLD`` itself; :func:`world` works on a duplicate.

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hpcpar.comm.buffers import HostBuffer, block_type, memory
-from hpcpar.comm.collectives import Collectives
 from hpcpar.comm.mpi import MPI
 from hpcpar.comm.point_to_point import PointToPoint
+from hpcpar.comm.reductions import Reductions
 from hpcpar.comm.request import ObjectRequest, Request
+from hpcpar.comm.transfers import Transfers
 from hpcpar.errors import MismatchError
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["ObjectMessages"]
 
 
-class ObjectMessages(Collectives, PointToPoint):
+class ObjectMessages(Transfers, Reductions, PointToPoint):
     """The lower-case methods of :class:`~hpcpar.comm.communicator.Communicator`."""
 
     def send(self, obj: Any, dest: int, tag: int = 0) -> None:
