@@ -75,11 +75,12 @@ class Communicator(ObjectMessages):
             self._node = self._part(self.node_rank, self._map.ranks_of(self.node_rank))
         if self.num_nodes != self.size:
             members = [r for r in range(self.size) if self._map.local_index(r) == local]
+            members.sort(key=self._map.nodes.__getitem__)
             self._rail = self._part(local, members)
 
     def _part(self, color: int, members: list[int]) -> Communicator:
-        """The communicator of ``members``, which this rank belongs to; all ranks make one. Collective."""
-        part = _intra(self.mpi.Split(color, self.rank))
+        """The communicator of ``members`` in their order, with this rank among them. Collective."""
+        part = _intra(self.mpi.Split(color, members.index(self.rank)))
         return self._derive(part, self._map.restrict(members))
 
     def _derive(self, mpi: MPITypes.Intracomm, node_map: NodeMap) -> Communicator:
@@ -98,6 +99,14 @@ class Communicator(ObjectMessages):
         """The ranks with this rank's node-local index, in the order of their nodes. Local."""
         self.mpi  # noqa: B018
         return self if self._rail is None else self._rail
+
+    def skip_checks(self) -> None:
+        """Leave out the comparisons of ``HPCPAR_DEBUG`` here, in node and rail. Local.
+
+        For code whose collectives keep their order by construction and must never wait when they start.
+        """
+        for communicator in {self, self.node, self.rail}:
+            communicator._checked = False
 
     @property
     def node_map(self) -> NodeMap:

@@ -105,6 +105,7 @@ class Reducer:
         name: str = "gradient reduction",
     ) -> None:
         self._comm = comm.Dup()
+        self._comm.skip_checks()
         self._layouts = list(layouts)
         self._name = name
         self._transport, self._kind = choose_transport(
@@ -123,7 +124,7 @@ class Reducer:
         self.flats = [staging.flat for staging in self._stagings]
         # Roll calls travel on the duplicate itself, on which nobody sends point-to-point messages.
         self._roll_call = RollCall(self._comm.mpi) if self._comm.size > 1 else None
-        self._pids = _visible(self._comm.node.allgather(os.getpid()))
+        self._pids = _visible(self._comm.node.allgather((_pid_namespace(), os.getpid())))
         self._busy = threading.Lock()
         self._step = 0
         self._scale = 1.0
@@ -178,23 +179,28 @@ class Reducer:
                 f"a reduction must be complete before the next begins, got step {self._step} still under way "
                 f"({self._where}). Did an exception end a backward pass half-way?"
             )
-        self._step += 1
-        self._open = True
-        self._sent = 0
-        self._published = [False] * len(self._layouts)
-        self._done = [False] * len(self._layouts)
-        self._average = average
-        self._scale = 1.0 / self._comm.size if average else 1.0
-        self._weights = None
-        if weight is not None:
-            self._weights = torch.tensor([weight, float(active)], dtype=torch.float64)
-            self._weights_request = self._comm.Iallreduce(MPI.IN_PLACE, self._weights)
+        with self._busy:  # a progress thread may still be looking
+            self._step += 1
+            self._sent = 0
+            self._published = [False] * len(self._layouts)
+            self._done = [False] * len(self._layouts)
+            self._average = average
+            self._scale = 1.0 / self._comm.size if average else 1.0
+            self._weights = None
+            if weight is not None:
+                self._weights = torch.tensor([weight, float(active)], dtype=torch.float64)
+                self._weights_request = self._comm.Iallreduce(MPI.IN_PLACE, self._weights)
+            self._open = True
 
     def active_ranks(self) -> int:
         """Wait for the weights of a weighted reduction; how many ranks are active. Collective."""
+
+        def known() -> bool:
+            self.progress()  # takes the weights when they are there, in whichever thread
+            return self._weights_request is None
+
         if self._weights_request is not None:
-            self._weights_request.wait()
-            self._take_weights()
+            wait_until(known, self._comm._collective_patience("weights of a reduction", None))
         return self._comm.size if self._weights is None else int(self._weights[1])
 
     def abandon(self) -> None:
@@ -426,9 +432,16 @@ class _ReducerPatience(Patience):
             )
 
 
-def _visible(pids: list[int]) -> list[int]:
+def _visible(processes: list[tuple[str, int]]) -> list[int]:
     """The process ids, or none where ranks live in process namespaces of their own and prove nothing."""
-    return pids if all(_is_alive(pid) for pid in pids) else []
+    return [pid for _, pid in processes] if len({namespace for namespace, _ in processes}) == 1 else []
+
+
+def _pid_namespace() -> str:
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return f"unknown, of process {os.getpid()}"
 
 
 def _is_alive(pid: int) -> bool:

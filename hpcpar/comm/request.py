@@ -84,13 +84,15 @@ class Request:
         self._deliver = self._keep = None
         return True
 
-    def wait(self, timeout: float | None = None, status: MPITypes.Status | None = None) -> bool:
+    def wait(
+        self, timeout: float | MPITypes.Status | None = None, status: MPITypes.Status | None = None
+    ) -> bool:
         """Wait for completion. Point-to-point or Collective, as the operation is.
 
         Parameters
         ----------
         timeout
-            Seconds, ``HPCPAR_TIMEOUT_S`` by default.
+            Seconds, ``HPCPAR_TIMEOUT_S`` by default. A status in this place is taken for one.
         status
             As in :meth:`test`.
 
@@ -104,6 +106,8 @@ class Request:
         StalledError
             At the deadline; the operation is still under way and may be waited for again.
         """
+        if isinstance(timeout, MPI.Status):  # mpi4py's own order of arguments
+            timeout, status = None, timeout
         if not self.advance(status):
             wait_until(lambda: self.advance(status), self._make_patience(self.operation, timeout))
         return True
@@ -184,7 +188,9 @@ class ObjectRequest(Request):
     def _unpack_received(self) -> None:
         self._object = self._unpack(self._keep)
 
-    def wait(self, timeout: float | None = None, status: MPITypes.Status | None = None) -> Any:
+    def wait(
+        self, timeout: float | MPITypes.Status | None = None, status: MPITypes.Status | None = None
+    ) -> Any:
         """Wait, then return the received object. Point-to-point."""
         super().wait(timeout, status)
         return self._object

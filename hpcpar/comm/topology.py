@@ -104,7 +104,8 @@ class ProcessGrid:
     **axes
         Size of each axis; they must multiply to ``comm.size``, and one may be -1 for what is left. The last
         axis varies fastest, as in MPI's Cartesian grids: its ranks are neighbours, and so on one node where
-        possible. Name last the axis with the most traffic.
+        possible. Name last the axis with the most traffic. ``data``, ``pipeline`` and ``expert`` are always
+        there; one that is not named is a communicator of this rank alone.
 
     Raises
     ------
@@ -133,6 +134,10 @@ class ProcessGrid:
             axis = comm.Split(comm.rank - self.coordinates[name] * stride, comm.rank)
             assert axis is not None  # our colors are never MPI.UNDEFINED
             self._communicators[name] = axis
+        for name in {"data", "pipeline", "expert"} - set(self.shape):
+            alone = comm.Split(comm.rank, 0)
+            assert alone is not None
+            self._communicators[name] = alone
 
     def __getattr__(self, name: str) -> Communicator:
         try:

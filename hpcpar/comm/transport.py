@@ -2,7 +2,7 @@
 
 A :class:`Transport` holds the flat storage of all buckets on this rank and answers three questions of the
 reducer: *publish* (this rank's contents are final), *advance* (do what can be done now; is the sum there?)
-and *absent* (who has not delivered yet?). It never waits.
+and *delivered* (who has not delivered yet?). It never waits.
 
 Shared memory, here for two nodes of two ranks, bucket cut into one slice per local index::
 

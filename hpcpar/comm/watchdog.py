@@ -26,7 +26,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from hpcpar.comm.mpi import MPI
-from hpcpar.comm.progress import ENGINE
+from hpcpar.comm.progress import ENGINE, timeout_from_environment
 
 if TYPE_CHECKING:
     from mpi4py import MPI as MPITypes
@@ -74,6 +74,7 @@ def install_exit_hook(mpi: MPITypes.Intracomm) -> None:
     if mpi.Get_size() == 1 or hasattr(sys, "ps1"):
         return
     farewell = mpi.Dup()
+    process = os.getpid()
     status: list[Any] = [0]
     leave = sys.exit
 
@@ -81,26 +82,39 @@ def install_exit_hook(mpi: MPITypes.Intracomm) -> None:
         status[0] = code
         leave(code)
 
+    def depart() -> None:
+        if os.getpid() == process and not MPI.Is_finalized():  # a forked child has no part in this
+            _depart(farewell, status[0])
+
     sys.exit = exit
-    atexit.register(lambda: _depart(farewell, status[0]))
+    atexit.register(depart)
 
 
 def _depart(farewell: MPITypes.Comm, code: Any) -> None:
-    """What this rank does at exit: finish what others need, then wait for them as long as is right."""
-    if MPI.Is_finalized():
-        return
+    """What this rank does at exit: finish what others need, then wait for them as long as is right.
+
+    A rank that succeeded waits without end, since another may have much to write; but not in silence.
+    """
     ENGINE.drain()
     failed = code not in (None, 0)
+    who = f"rank {farewell.Get_rank()} of {farewell.Get_size()}"
     request = farewell.Ibarrier()
-    start = time.monotonic()
+    start, limit_s = time.monotonic(), timeout_from_environment()
     while not request.Test():
         ENGINE.advance()
         time.sleep(_EXIT_POLL_S)
-        if failed and time.monotonic() - start > _EXIT_GRACE_S:
-            who = f"rank {farewell.Get_rank()} of {farewell.Get_size()}"
-            sys.stderr.write(f"hpcpar: {who} left with exit status {code!r}, others did not; the job ends.\n")
-            sys.stderr.flush()
+        waited_s = time.monotonic() - start
+        if failed and waited_s > _EXIT_GRACE_S:
+            _say(f"{who} left with exit status {code!r}, others did not; the job ends.")
             MPI.COMM_WORLD.Abort(code if isinstance(code, int) else 1)
+        if waited_s > limit_s:
+            _say(f"{who} has ended and waits since {waited_s:.0f} s for other ranks to end too.")
+            limit_s *= 2
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"hpcpar: {text}\n")
+    sys.stderr.flush()
 
 
 def abort_job(rank: int, size: int, error: BaseException, place: str) -> None:

@@ -113,6 +113,11 @@ class DataParallel(nn.Module):
         progress: str = "auto",
     ) -> None:
         super().__init__()
+        if optimizer is not None and not (hasattr(optimizer, "attach") and hasattr(optimizer, "finish")):
+            raise TypeError(
+                "optimizer of DataParallel must be an hpcpar.optim.DataParallelOptimizer, got "
+                f"{type(optimizer).__name__}. Other optimizers are not passed; step() them as usual"
+            )
         self.module = module
         self._comm: Communicator | None = world() if comm is None else comm
         self._optimizer = optimizer
@@ -146,8 +151,7 @@ class DataParallel(nn.Module):
             return self.module(*args, **kwargs)
         if self.training:
             self._prepare()
-        if self.training:
-            self._samples += _batch_size(args, kwargs)
+        self._samples += _batch_size(args, kwargs)
         output = self.module(*args, **kwargs)
         if not self.training and not self._is_prepared:
             on_gradient(output, self._prepare)  # only backward tells that this is more than an evaluation
@@ -189,10 +193,12 @@ class DataParallel(nn.Module):
         """
         if average not in _AVERAGES:
             raise MismatchError(f"average must be 'ranks' or 'samples', got {average!r}")
+        self._prepare()  # a copy has no reduction before its first training forward
         gradients = self._gradients
         if gradients is None:
             yield
             return
+        self._samples = 0
         gradients.weight = self._take_samples if average == "samples" else lambda: 1.0
         steps = gradients.reducer.step
         try:
@@ -207,6 +213,8 @@ class DataParallel(nn.Module):
             _, root = comm.allreduce((steps, -comm.rank), MPI.MAX)
             if optimizer is None:
                 self._broadcast_state(-root)
+            elif self._broadcast_buffers:
+                broadcast_packed(list(self.module.buffers()), comm, -root)
         finally:
             gradients.weight = None
 

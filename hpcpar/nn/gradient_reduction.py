@@ -94,8 +94,7 @@ class GradientReduction:
 
     Notes
     -----
-    Collective to make and to free. The reducer itself is made by the first backward if ``lazy``, so that a
-    copy of a model which never trains costs nothing and waits for nobody.
+    Collective to make and to free.
     """
 
     def __init__(
@@ -129,6 +128,8 @@ class GradientReduction:
                 self._bucket_of[slot.index] = bucket
         self._tail = len(self._layouts)
         self._trial = ProgressTrial(self.reducer, options.progress)
+        self._used: list[float] = []  # the tail of this step, once it is there
+        self._reduced = 0  # in blocking mode: buckets waited for in this backward
         self._expected: list[int] | None = None
         self._fired = [0] * len(self.parameters)
         self._left: list[int] = []
@@ -175,11 +176,12 @@ class GradientReduction:
         if self._resolved[bucket]:
             return
         self.reducer.wait(bucket)
-        self.reducer.wait(self._tail)
-        used = self.reducer.flats[self._tail].tolist()
+        if not self._used:
+            self.reducer.wait(self._tail)
+            self._used = self.reducer.flats[self._tail].tolist()
         for slot in self._layouts[bucket].slots:
             parameter = self.parameters[slot.index]
-            parameter.grad = self._views[slot.index] if used[slot.index] > 0.0 else None
+            parameter.grad = self._views[slot.index] if self._used[slot.index] > 0.0 else None
         self._resolved[bucket] = True
 
     def wait_all(self) -> None:
@@ -199,6 +201,7 @@ class GradientReduction:
             flat.zero_()
             self.reducer.publish(bucket)
         self._resolved = [False] * len(self._layouts)
+        self._used = []
         self.wait_all()
         self._average_sparse(0.0)
         return True
@@ -264,6 +267,8 @@ class GradientReduction:
         self._open = True
         self._fired = [0] * len(self.parameters)
         self._left = [len(layout.slots) for layout in self._layouts]
+        self._used = []
+        self._reduced = 0
         self._unpublished = set(range(len(self._layouts)))
         self._resolved = [False] * len(self._layouts)
         engine: Any = torch.autograd.Variable._execution_engine
@@ -283,11 +288,10 @@ class GradientReduction:
             self.reducer.flats[bucket].mul_(self._weight)
         self._unpublished.discard(bucket)
         self.reducer.publish(bucket)
-        if self._options.blocking:
-            for lower in range(bucket + 1):
-                if lower in self._unpublished:
-                    break  # strictly in order: the rest can only be waited for later
-                self.reducer.wait(lower)
+        # Strictly in order: a bucket behind one that is not published can only be waited for later.
+        while self._options.blocking and self._reduced <= bucket and self._reduced not in self._unpublished:
+            self.reducer.wait(self._reduced)
+            self._reduced += 1
 
     def _end(self) -> None:
         """The outermost backward is over: settle everything. Queued by :meth:`_begin`."""

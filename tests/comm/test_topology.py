@@ -149,8 +149,8 @@ def test_grid_that_does_not_fit_is_a_clear_error(comm: Communicator, axes: dict[
 
 def test_grid_tells_its_axes_when_asked_for_another(comm: Communicator) -> None:
     with ProcessGrid(comm, data=-1, pipeline=1) as grid:
-        with pytest.raises(AttributeError, match="has the axes data, pipeline, not 'expert'"):
-            grid.expert  # noqa: B018
+        with pytest.raises(AttributeError, match="has the axes data, pipeline, not 'tensor'"):
+            grid.tensor  # noqa: B018
         data = grid.data
     assert data.is_freed
     grid.free()

@@ -217,3 +217,22 @@ del other
         timeout_s="600",
     )
     assert result.returncode == 0, result.stderr
+
+
+def test_failed_exit_of_one_rank_ends_the_job_with_its_status() -> None:
+    result = run("if comm.rank == 1: sys.exit(3)\ncomm.Allreduce(ones, ones.clone())\n", timeout_s="600")
+    check_ended_badly(result)
+    assert f"rank 1 of {RANKS} left with exit status 3" in result.stderr
+    assert result.returncode == 3
+
+
+def test_failed_exit_of_all_ranks_is_no_news() -> None:
+    result = run("sys.exit(2)\n", timeout_s="600")
+    assert result.returncode == 2
+    assert "hpcpar:" not in result.stderr
+
+
+def test_rank_that_waits_for_others_to_end_says_so() -> None:
+    result = run("if comm.rank == 1: time.sleep(6)\n", timeout_s="2")
+    assert result.returncode == 0, result.stderr
+    assert f"rank 0 of {RANKS} has ended and waits" in result.stderr

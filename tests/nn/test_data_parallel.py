@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import hpcpar.comm.progress_thread
-from hpcpar.comm import Communicator
+from hpcpar.comm import MPI, Communicator
 from hpcpar.errors import HpcparError, MismatchError
 from hpcpar.nn import DataParallel
 from hpcpar.optim import DataParallelOptimizer
@@ -753,3 +753,31 @@ def test_gradients_are_there_when_backward_returns(comm: Communicator) -> None:
         loss_of(model, *local_part(comm, *batch)).backward()
         assert_gradients_close(net, reference, mode)
         model.free()
+
+
+def test_plain_optimizer_as_overlapping_one_is_refused(comm: Communicator) -> None:
+    net = nn.Linear(2, 1)
+    with pytest.raises(TypeError, match=r"must be an hpcpar\.optim\.DataParallelOptimizer, got SGD"):
+        DataParallel(net, comm, torch.optim.SGD(net.parameters()))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("ranks_per_node", ["", "2"])
+def test_training_under_debug_checks(
+    comm: Communicator, ranks_per_node: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HPCPAR_DEBUG", "1")
+    monkeypatch.setenv("HPCPAR_RANKS_PER_NODE", ranks_per_node)
+    nodes = Communicator(comm.mpi)
+    net = nn.Linear(3, 1)
+    optimizer = DataParallelOptimizer(torch.optim.SGD(net.parameters(), lr=0.1))
+    model = DataParallel(net, nodes, optimizer)
+    large = torch.zeros(1 << 15)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.ones(2, 3) * comm.rank).sum().backward()
+        optimizer.step()
+        if comm.rank % 2:
+            net.weight.sum()  # settles here, while the others are in the next collective
+        nodes.Allreduce(MPI.IN_PLACE, large)
+    model.free()
+    nodes.Free()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import hpcpar
 from hpcpar.comm import Communicator
 from hpcpar.errors import MismatchError
 from hpcpar.optim import DataParallelOptimizer
@@ -152,4 +153,34 @@ def test_unknown_average_is_refused(comm: Communicator) -> None:
     model = wrap(mlp(), comm)
     with pytest.raises(MismatchError, match="average must be"), model.join("weights"):
         pass
+    model.free()
+
+
+def test_samples_of_steps_before_the_join_do_not_count(comm: Communicator) -> None:
+    torch.manual_seed(3)
+    net = torch.nn.Linear(4, 1).double()
+    model = hpcpar.nn.DataParallel(net, comm)
+    data = torch.randn(3, 40, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for x in data[:2]:  # steps of unequal batches, whose sizes must be forgotten
+        model(x[: comm.rank + 1]).mean().backward()
+    model.zero_grad()
+    start = sum(range(comm.rank + 1))
+    mine = data[2][start : start + comm.rank + 1]
+    with model.join(average="samples"):
+        model(mine).pow(2).mean().backward()
+        mean = [p.grad.clone() for p in net.parameters()]
+    model.free()
+    net.zero_grad()
+    net(data[2][: sum(range(comm.size + 1))]).pow(2).mean().backward()
+    for got, parameter in zip(mean, net.parameters(), strict=True):
+        torch.testing.assert_close(got, parameter.grad, rtol=1e-12, atol=1e-12)
+
+
+def test_copy_joins_before_its_first_forward(comm: Communicator) -> None:
+    model = hpcpar.nn.DataParallel(torch.nn.Linear(2, 1), comm)
+    twin = copy.deepcopy(model)
+    with twin.join():
+        for _ in range(comm.rank + 1):
+            twin(torch.ones(1, 2)).sum().backward()
+    twin.free()
     model.free()
