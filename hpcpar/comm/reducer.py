@@ -19,7 +19,6 @@ too long, with the bucket that it has not delivered.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Sequence
@@ -30,6 +29,7 @@ import torch
 
 from hpcpar.comm.bucket import BucketLayout
 from hpcpar.comm.mpi import MPI
+from hpcpar.comm.node_processes import NodeProcesses
 from hpcpar.comm.progress import ENGINE, Patience, wait_until
 from hpcpar.comm.progress_thread import ProgressThread
 from hpcpar.comm.request import Request
@@ -124,7 +124,7 @@ class Reducer:
         self.flats = [staging.flat for staging in self._stagings]
         # Roll calls travel on the duplicate itself, on which nobody sends point-to-point messages.
         self._roll_call = RollCall(self._comm.mpi) if self._comm.size > 1 else None
-        self._pids = _visible(self._comm.node.allgather((_pid_namespace(), os.getpid())))
+        self._processes = NodeProcesses(self._comm)
         self._busy = threading.Lock()
         self._step = 0
         self._scale = 1.0
@@ -424,31 +424,8 @@ class _ReducerPatience(Patience):
         reducer = self._reducer
         if reducer._roll_call is not None:
             reducer._roll_call.tick(reducer._number(reducer._sent), waited_s, timeout_s)
-        members = reducer._comm.node_map.ranks_of(reducer._comm.node_rank)
-        dead = [rank for rank, pid in zip(members, reducer._pids, strict=False) if not _is_alive(pid)]
+        dead = reducer._processes.dead()
         if dead:
             raise RankFailedError(
                 dead, f"{self.operation}: {reducer._where} waits for ranks {dead}, whose processes have died"
             )
-
-
-def _visible(processes: list[tuple[str, int]]) -> list[int]:
-    """The process ids, or none where ranks live in process namespaces of their own and prove nothing."""
-    return [pid for _, pid in processes] if len({namespace for namespace, _ in processes}) == 1 else []
-
-
-def _pid_namespace() -> str:
-    try:
-        return os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return f"unknown, of process {os.getpid()}"
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
