@@ -50,11 +50,13 @@ for wire_dtype in (None, torch.bfloat16):
     comm.Barrier()
     time.sleep(0.3)
     before = crossed()
+    comm.Barrier()  # nobody sends before everybody has read
     for _ in range(STEPS):
         step(model)
     comm.Barrier()
     time.sleep(0.3)
     after = crossed()
+    comm.Barrier()
     mean = (comm.size + 1) / 2
     assert all((p.grad == mean).all() for p in model.parameters())
     facts = {
