@@ -4,9 +4,12 @@ This package knows nothing of modules, gradients or optimizers, and it is the on
 Importing it does not start MPI; the first communicator does.
 """
 
+from hpcpar.comm.alarm import Alarm, wait_for_peers
 from hpcpar.comm.bucket import BucketLayout, Slot, plan_buckets, view_slot
 from hpcpar.comm.communicator import Communicator, world
 from hpcpar.comm.mpi import MPI, threads_allowed
+from hpcpar.comm.parcels import Incoming, ParcelExchange, TensorSpec
+from hpcpar.comm.progress_thread import ProgressThread
 from hpcpar.comm.reducer import Reducer, ReducerStats
 from hpcpar.comm.request import Request, wait_all
 from hpcpar.comm.topology import NodeMap, ProcessGrid
@@ -14,18 +17,24 @@ from hpcpar.comm.transport_choice import TransportKind
 
 __all__ = [
     "MPI",
+    "Alarm",
     "BucketLayout",
     "Communicator",
+    "Incoming",
     "NodeMap",
+    "ParcelExchange",
     "ProcessGrid",
+    "ProgressThread",
     "Reducer",
     "ReducerStats",
     "Request",
     "Slot",
+    "TensorSpec",
     "TransportKind",
     "plan_buckets",
     "threads_allowed",
     "view_slot",
     "wait_all",
+    "wait_for_peers",
     "world",
 ]

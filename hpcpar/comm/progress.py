@@ -28,7 +28,15 @@ from typing import Protocol
 
 from hpcpar.errors import HpcparError, StalledError
 
-__all__ = ["ENGINE", "Patience", "ProgressEngine", "Progressable", "timeout_from_environment", "wait_until"]
+__all__ = [
+    "ENGINE",
+    "DescribedPatience",
+    "Patience",
+    "ProgressEngine",
+    "Progressable",
+    "timeout_from_environment",
+    "wait_until",
+]
 
 _YIELD_S = 0.002
 _SHORT_SLEEP_S = 50e-6
@@ -187,6 +195,28 @@ class Patience:
             + " Ranks that are named are late, stopped, dead, or never called it; HPCPAR_TIMEOUT_S sets "
             "the limit in seconds, 0 for none.",
         )
+
+
+class DescribedPatience(Patience):
+    """A patience that is told at its deadline what was waited for, and from whom.
+
+    Parameters
+    ----------
+    describe
+        Returns the operation for the error and the ranks that owe something.
+    where
+        Place of this rank.
+    """
+
+    nobody_missing = "waits, though nobody owes it anything"
+
+    def __init__(self, describe: Callable[[], tuple[str, Sequence[int]]], where: str) -> None:
+        super().__init__("", missing=lambda: describe()[1], where=where)
+        self._describe = describe
+
+    def _give_up(self, waited_s: float) -> None:
+        self.operation, _ = self._describe()
+        super()._give_up(waited_s)
 
 
 def wait_until(done: Callable[[], bool], patience: Patience) -> None:

@@ -12,6 +12,7 @@ empty batch takes part with a count of zero. In evaluation nothing is communicat
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -174,11 +175,28 @@ def global_statistics(x: torch.Tensor, comm: Communicator) -> tuple[float, torch
         mine[2], mine[1] = torch.var_mean(x.to(dtype), _other_axes(x), correction=0)
     table = mine.new_empty(comm.size, 3, channels)
     comm.Allgather(mine, table)
-    counts, means, variances = table.unbind(1)
+    total, mean, variance = pool_moments(table)
+    return float(total[0]), mean, variance
+
+
+def pool_moments(moments: torch.Tensor) -> torch.Tensor:
+    """Counts, means and biased variances of all samples together (Chan, Golub and LeVeque 1983). Local.
+
+    Parameters
+    ----------
+    moments
+        Those of each sample, shape (samples, 3, channels).
+
+    Returns
+    -------
+    torch.Tensor
+        Shape (3, channels).
+    """
+    counts, means, variances = moments.unbind(1)
     total = counts.sum(0)
     mean = (counts * means).sum(0) / total.clamp(min=1)
     variance = (counts * (variances + (means - mean) ** 2)).sum(0) / total.clamp(min=1)
-    return float(total[0]), mean, variance
+    return torch.stack([total, mean, variance])
 
 
 def convert_sync_batchnorm(module: nn.Module, comm: Communicator | None = None) -> nn.Module:
@@ -196,27 +214,30 @@ def convert_sync_batchnorm(module: nn.Module, comm: Communicator | None = None) 
     torch.nn.Module
         ``module``, or its replacement when it is a batch normalisation itself.
     """
-    if isinstance(module, _BatchNorm) and not isinstance(module, SyncBatchNorm):
-        return _replacement(module, comm)
+
+    def convert(old: _BatchNorm) -> _BatchNorm:
+        return old if isinstance(old, SyncBatchNorm) else adopt(old, SyncBatchNorm, comm=comm)
+
+    return replace_batch_norm(module, convert)
+
+
+def replace_batch_norm(module: nn.Module, convert: Callable[[_BatchNorm], _BatchNorm]) -> nn.Module:
+    """Put ``convert(layer)`` in the place of every batch normalisation inside ``module``. Local."""
+    if isinstance(module, _BatchNorm):
+        return convert(module)
     for name, child in list(module._modules.items()):  # named_children() skips second names of a module
         if child is not None:
-            setattr(module, name, convert_sync_batchnorm(child, comm))
+            setattr(module, name, replace_batch_norm(child, convert))
     return module
 
 
-def _replacement(module: _BatchNorm, comm: Communicator | None) -> SyncBatchNorm:
-    layer = SyncBatchNorm(
-        module.num_features,
-        module.eps,
-        module.momentum,
-        module.affine,
-        module.track_running_stats,
-        comm=comm,
-    )
-    layer.weight, layer.bias = module.weight, module.bias
-    layer.running_mean, layer.running_var = module.running_mean, module.running_var
-    layer.num_batches_tracked = module.num_batches_tracked
-    layer.training = module.training
+def adopt(old: _BatchNorm, kind: type[_BatchNorm], **options: Any) -> _BatchNorm:
+    """A layer of another kind with the parameters, buffers and mode of ``old``. Local."""
+    layer = kind(old.num_features, old.eps, old.momentum, old.affine, old.track_running_stats, **options)
+    layer.weight, layer.bias = old.weight, old.bias
+    layer.running_mean, layer.running_var = old.running_mean, old.running_var
+    layer.num_batches_tracked = old.num_batches_tracked
+    layer.training = old.training
     return layer
 
 

@@ -91,6 +91,8 @@ class GradientReduction:
         The ranks.
     options
         How.
+    average
+        Whether to divide the sum by the number of ranks.
 
     Notes
     -----
@@ -104,6 +106,8 @@ class GradientReduction:
         buffers: Callable[[], dict[str, torch.Tensor]],
         comm: Communicator,
         options: ReductionOptions,
+        *,
+        average: bool = True,
     ) -> None:
         sparse_ids = {id(parameter) for parameter in sparse}
         dense = [(name, p) for name, p in reversed(named_parameters) if id(p) not in sparse_ids]
@@ -112,7 +116,9 @@ class GradientReduction:
         self._sparse = list(sparse)
         self._buffers = WatchedTensors(buffers)
         self._options = options
+        self._average = average
         self.synchronize = True
+        self.ends_with_backward = True
         self.weight: Callable[[], float] | None = None
         self.overlapped: Callable[[], None] | None = None
         self.before_begin: Callable[[], None] = lambda: None
@@ -189,6 +195,17 @@ class GradientReduction:
         for bucket in range(len(self._layouts)):
             self.wait(bucket)
 
+    def finish(self) -> None:
+        """Publish the gradients as they are now, for an owner that says itself when backward is over.
+
+        It has set ``ends_with_backward`` to false and ``overlapped`` to what is to happen instead of
+        waiting. Also for gradients that no backward under ``synchronize`` has touched. Collective in
+        effect, does not wait.
+        """
+        if not self._open:
+            self._begin()
+        self._end()
+
     def shadow_step(self) -> bool:
         """Take part in one reduction with nothing to contribute; false when no rank is active. Collective."""
         self.before_begin()
@@ -263,7 +280,7 @@ class GradientReduction:
         self.before_begin()
         self._trial.begin_step()
         self._weight = None if self.weight is None else self.weight()
-        self.reducer.begin(self._weight)
+        self.reducer.begin(self._weight, average=self._average)
         self._open = True
         self._fired = [0] * len(self.parameters)
         self._left = [len(layout.slots) for layout in self._layouts]
@@ -271,8 +288,9 @@ class GradientReduction:
         self._reduced = 0
         self._unpublished = set(range(len(self._layouts)))
         self._resolved = [False] * len(self._layouts)
-        engine: Any = torch.autograd.Variable._execution_engine
-        engine.queue_callback(self._end)
+        if self.ends_with_backward:
+            engine: Any = torch.autograd.Variable._execution_engine
+            engine.queue_callback(self._end)
 
     def _fill(self, index: int) -> None:
         parameter, view = self.parameters[index], self._views[index]
@@ -294,7 +312,7 @@ class GradientReduction:
             self._reduced += 1
 
     def _end(self) -> None:
-        """The outermost backward is over: settle everything. Queued by :meth:`_begin`."""
+        """The outermost backward is over: settle everything. Queued by :meth:`_begin`, or by the owner."""
         used = [1.0] * len(self.parameters)
         for index, times in enumerate(self._fired):
             if times:

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import statistics
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from hpcpar.comm import threads_allowed
 
 if TYPE_CHECKING:
-    from hpcpar.comm import Reducer
+    from hpcpar.comm import Communicator
 
 __all__ = ["PROGRESS_CHOICES", "ProgressTrial"]
 
@@ -27,19 +27,30 @@ _WARM_UP = 3
 _STEPS = 6
 
 
+class ThreadSwitch(Protocol):
+    """Something whose progress a thread can make: a reducer, the runtime of a pipeline."""
+
+    @property
+    def comm(self) -> Communicator:
+        """The ranks that decide together."""
+
+    def use_progress_thread(self, wanted: bool) -> None:
+        """Start or stop the thread. Local."""
+
+
 class ProgressTrial:
-    """Decides whether a reducer has a progress thread, at once or after a few measured steps.
+    """Decides whether something has a progress thread, at once or after a few measured steps.
 
     Parameters
     ----------
     reducer
-        The reducer to switch.
+        What to switch.
     progress
         ``"hooks"``, ``"thread"``, or ``"auto"``: hooks where a rank has one core or MPI allows one thread,
         else measure.
     """
 
-    def __init__(self, reducer: Reducer, progress: str) -> None:
+    def __init__(self, reducer: ThreadSwitch, progress: str) -> None:
         self._reducer = reducer
         self._steps = 0
         self._last = 0.0
