@@ -43,7 +43,8 @@ setup(
     package_data={"hpcpar": ["py.typed"]},
     zip_safe=False,
     python_requires=">=3.11",
-    install_requires=["torch>=2.9", "mpi4py>=4.0", "numpy", "h5py"],
+    install_requires=["torch>=2.9", "mpi4py>=4.0", "numpy", "h5py", "click"],
+    entry_points={"console_scripts": ["hpcpar = hpcpar.cli.main:main"]},
     extras_require={
         # One of the two, never both in one environment: each brings its own bin/mpirun and lib/libmpi.so.
         "mpich": ["mpich"],

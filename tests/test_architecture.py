@@ -33,6 +33,7 @@ MAY_IMPORT = {
     "checkpoint": BASE,
     "xla": BASE,
     "cli": BASE | {"nn", "optim", "data", "checkpoint", "xla"},
+    "__main__": {"cli"},
 }
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
