@@ -145,7 +145,7 @@ class ParcelExchange:
         self._tags = int(comm.mpi.Get_attr(MPI.TAG_UB) or 32767)
         self._sent: dict[Hashable, Description] = {}
         self._known: dict[Hashable, Description] = {}
-        self._sends: list[Request] = []
+        self._sends: list[tuple[int, Request]] = []
         self._expected: dict[int, Incoming] = {}
         self._lock = threading.Lock()
         self.messages_sent = self.bytes_sent = self.described_sent = 0
@@ -218,6 +218,11 @@ class ParcelExchange:
         self._release_sent()
         return not self._sends
 
+    @property
+    def slow_receivers(self) -> list[int]:
+        """Ranks that have not received everything yet. Local."""
+        return sorted({dest for dest, _ in self._sends})
+
     def abandon(self) -> None:
         """Give up everything that is under way, after a failure; nothing may be sent afterwards. Local."""
         with self._lock:
@@ -239,13 +244,13 @@ class ParcelExchange:
     def _release_sent(self) -> None:
         if self._sends:
             with self._lock:
-                self._sends = [send for send in self._sends if not send.advance()]
+                self._sends = [(dest, send) for dest, send in self._sends if not send.advance()]
 
     def _start(self, mpi: MPITypes.Intracomm | None, tensor: torch.Tensor, dest: int, tag: int) -> None:
         buffer = HostBuffer.to_send(tensor.detach())
         handle = self._call(_alive(mpi).Isend, buffer.host, dest, tag)
         request = Request("Isend", [handle], self._comm._peer_patience(dest), keep=buffer)
-        self._sends.append(request)
+        self._sends.append((dest, request))
         self.messages_sent += 1
         self.bytes_sent += buffer.host.nbytes
 

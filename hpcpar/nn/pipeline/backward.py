@@ -1,0 +1,257 @@
+"""Backward of one stage and microbatch, whole or split into input gradients (I) and weight gradients (W).
+
+Whole: one run of autograd from the stage's outputs. It starts from *gradient edges*, so that the outputs
+themselves, which have long been sent, need not be kept.
+
+Split, for zero-bubble schedules (Qi et al. 2023): the previous stage waits for the gradients of this stage's
+inputs, but nobody waits for those of its weights. The graph is walked once::
+
+    output ── n1 ────── n2 ────── input          R: nodes from which an input is reached (n1, n2)
+              │          │
+              c1         c2                      boundary: edges from a node of R to one outside that
+              │          │                       leads to parameters (n1-c1, n2-c2)
+            weight1    weight2
+
+*I* runs autograd to the inputs only, so it executes exactly R, and each node computes only what flows
+along R. A hook on each boundary node notes the gradient that arrived there. *W* runs autograd from each
+boundary node, with that gradient, to the parameters behind its boundary edges; autograd then computes no
+other edge.
+
+Invariant: each parameter gets each contribution once. If a parameter can be reached over two different
+boundary edges (a weight used twice in a stage), then a run from n1 would follow the path through n2, too.
+Such parameters are *settled in I*, where autograd sums all paths itself. So are those behind custom autograd
+functions, which compute all their gradients whatever is asked, and would do it twice. Reentrant checkpoints
+allow no partial run at all; then I is the whole backward and W has nothing left.
+
+A stage whose inputs need no gradient, such as the first, has an empty R: all of its backward is W.
+
+Hooks that a model registers on its own intermediate tensors run in I and again in W.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+
+__all__ = ["DeferredWeights", "backward_inputs", "backward_whole"]
+
+Edge = tuple[Node, int]
+"""A node and the number of its input at which a gradient arrives."""
+
+
+def backward_whole(roots: Sequence[GradientEdge], gradients: Sequence[torch.Tensor]) -> None:
+    """Run autograd from ``roots``; gradients accumulate in the leaves' ``.grad``. Local."""
+    if roots:
+        torch.autograd.backward(list(roots), list(gradients))
+
+
+class DeferredWeights:
+    """The weight gradients of a backward whose input gradients have been computed. Made by
+    :func:`backward_inputs`.
+    """
+
+    def __init__(self, graph: _Graph | None) -> None:
+        self._graph = graph
+        self._captured: dict[Node, Sequence[torch.Tensor | None]] = {}
+
+    def run(self) -> None:
+        """Compute them and accumulate them in ``.grad``, once. Local."""
+        graph, self._graph = self._graph, None
+        if graph is None:
+            return
+        if graph.deferred_roots:
+            edges, gradients = zip(*graph.deferred_roots, strict=True)
+            _run_to(graph.leaves_of([edge[0] for edge in edges]), edges, gradients)
+        while self._captured:
+            node, arrived = self._captured.popitem()  # each gradient is let go as soon as it is used
+            outputs = [((node, k), gradient) for k, gradient in enumerate(arrived) if gradient is not None]
+            if outputs:
+                edges, gradients = zip(*outputs, strict=True)
+                _run_to(graph.leaves_of(graph.boundaries[node]), edges, gradients)
+
+    def capture(self, node: Node, arrived: Sequence[torch.Tensor | None]) -> None:
+        """Note what gradient arrived at a boundary node. Called by its hook."""
+        self._captured[node] = arrived
+
+
+def backward_inputs(
+    roots: Sequence[GradientEdge], gradients: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]
+) -> tuple[list[torch.Tensor | None], DeferredWeights]:
+    """Compute the gradients of ``inputs`` now and those of the weights later. Local.
+
+    Parameters
+    ----------
+    roots, gradients
+        Edges of the outputs and the gradients that arrived for them.
+    inputs
+        Leaves that require grad. Their ``.grad`` is not touched.
+
+    Returns
+    -------
+    list of torch.Tensor or None, DeferredWeights
+        A gradient per input, ``None`` where no path leads to it; and what is left to do.
+    """
+    if not roots:
+        return [None] * len(inputs), DeferredWeights(None)
+    graph = _Graph(roots, gradients, inputs)
+    if graph.is_indivisible:
+        torch.autograd.backward(list(roots), list(gradients))
+        found = [leaf.grad for leaf in inputs]
+        for leaf in inputs:
+            leaf.grad = None
+        return found, DeferredWeights(None)
+    deferred = DeferredWeights(graph)
+    handles: list[RemovableHandle] = [
+        node.register_prehook(lambda arrived, node=node: deferred.capture(node, arrived))
+        for node in graph.boundaries
+    ]
+    wanted = [*inputs, *graph.settled]
+    try:
+        computed: Sequence[torch.Tensor | None] = [None] * len(wanted)
+        if wanted and graph.live_roots:
+            computed = torch.autograd.grad(
+                [GradientEdge(*edge) for edge, _ in graph.live_roots],
+                wanted,
+                [gradient for _, gradient in graph.live_roots],
+                retain_graph=True,
+                allow_unused=True,
+            )
+    finally:
+        for handle in handles:
+            handle.remove()
+    for parameter, gradient in zip(graph.settled, computed[len(inputs) :], strict=True):
+        _accumulate(parameter, gradient)
+    return list(computed[: len(inputs)]), deferred
+
+
+class _Graph:
+    """The autograd graph of a stage, walked once. See the module's description.
+
+    Attributes
+    ----------
+    boundaries : dict of Node to list of Node
+        Nodes of R with their children outside of it that lead to parameters left to W.
+    live_roots, deferred_roots : list of ((Node, int), torch.Tensor)
+        Outputs that lead to an input or to a settled parameter, and those that lead to others only.
+    settled : list of torch.Tensor
+        Parameters whose gradients are computed in I.
+    is_indivisible : bool
+        Whether the backward must be run as a whole.
+    """
+
+    def __init__(
+        self,
+        roots: Sequence[GradientEdge],
+        gradients: Sequence[torch.Tensor],
+        inputs: Sequence[torch.Tensor],
+    ) -> None:
+        # Python's objects for nodes are the same object only as long as somebody keeps them: these dicts do.
+        self._inputs = {get_gradient_edge(leaf).node for leaf in inputs}
+        self._order = _postorder([root.node for root in roots])
+        self.is_indivisible = any(node.name() == "CheckpointFunctionBackward" for node in self._order)
+        self._reaching: set[Node] = set()
+        self._parameters: dict[Node, frozenset[Node]] = {}
+        for node in self._order:
+            self._classify(node)
+        parents: dict[Node, set[Node | None]] = {}
+        for node in self._reaching:
+            for child in self._outward(node):
+                parents.setdefault(child, set()).add(node)
+        for root in roots:
+            if root.node not in self._reaching and self._parameters[root.node]:
+                parents.setdefault(root.node, set()).add(None)
+        self._settled = _settle(parents, self._parameters)
+        self.settled = [_variable(node) for node in self._settled]
+        self.boundaries: dict[Node, list[Node]] = {}
+        for child, nodes in parents.items():
+            if not self._parameters[child] <= self._settled:
+                for parent in nodes:
+                    if parent is not None:
+                        self.boundaries.setdefault(parent, []).append(child)
+        pairs = [((root.node, root.output_nr), g) for root, g in zip(roots, gradients, strict=True)]
+        self.live_roots = [(edge, g) for edge, g in pairs if self._is_live(edge[0])]
+        self.deferred_roots = [(edge, g) for edge, g in pairs if self._is_deferred(edge[0])]
+
+    def leaves_of(self, nodes: Sequence[Node]) -> list[torch.Tensor]:
+        """The parameters below ``nodes`` that are left to W."""
+        below = frozenset().union(*(self._parameters[node] for node in nodes))
+        return [_variable(node) for node in below - self._settled]
+
+    def _is_live(self, node: Node) -> bool:
+        return node in self._reaching or bool(self._parameters[node] & self._settled)
+
+    def _is_deferred(self, node: Node) -> bool:
+        return node not in self._reaching and bool(self._parameters[node] - self._settled)
+
+    def _classify(self, node: Node) -> None:
+        """Children come first, so their verdicts are known."""
+        children = [child for child, _ in node.next_functions if child is not None]
+        if node in self._inputs or any(child in self._reaching for child in children):
+            self._reaching.add(node)
+        if node not in self._inputs and hasattr(node, "variable"):
+            self._parameters[node] = frozenset((node,))
+        else:
+            self._parameters[node] = frozenset().union(*(self._parameters[child] for child in children))
+
+    def _outward(self, node: Node) -> set[Node]:
+        return {
+            child
+            for child, _ in node.next_functions
+            if child is not None and child not in self._reaching and self._parameters[child]
+        }
+
+
+def _settle(parents: dict[Node, set[Node | None]], parameters: dict[Node, frozenset[Node]]) -> set[Node]:
+    """Parameters that are reached over several boundary edges, or behind a Python function."""
+    seen: set[Node] = set()
+    settled: set[Node] = set()
+    for child, above in parents.items():
+        below = parameters[child]
+        is_python = any(isinstance(node, torch.autograd.function.BackwardCFunction) for node in above)
+        settled |= below if is_python or len(above) > 1 else below & seen
+        seen |= below
+    return settled
+
+
+def _postorder(roots: Sequence[Node]) -> list[Node]:
+    """All nodes below ``roots``, each once, children first. Iterative: graphs are deep."""
+    order: list[Node] = []
+    seen: set[Node] = set()
+    stack: list[tuple[Node, bool]] = [(root, False) for root in roots]
+    while stack:
+        node, children_done = stack.pop()
+        if children_done:
+            order.append(node)
+        elif node not in seen:
+            seen.add(node)
+            stack.append((node, True))
+            stack.extend((child, False) for child, _ in node.next_functions if child is not None)
+    return order
+
+
+def _run_to(leaves: Sequence[torch.Tensor], edges: Sequence[Edge], gradients: Sequence[torch.Tensor]) -> None:
+    """Run autograd from edges to these leaves only, which also tells each node what not to compute."""
+    torch.autograd.backward([GradientEdge(*edge) for edge in edges], list(gradients), inputs=list(leaves))
+
+
+def _variable(node: Node) -> torch.Tensor:
+    """The leaf of an accumulator node."""
+    leaf: Any = node
+    return leaf.variable  # type: ignore[no-any-return]
+
+
+def _accumulate(parameter: torch.Tensor, gradient: torch.Tensor | None) -> None:
+    if gradient is None:
+        return
+    if parameter.grad is None:
+        parameter.grad = gradient.detach()
+    else:
+        parameter.grad = (
+            parameter.grad + gradient if parameter.grad.is_sparse else parameter.grad.add_(gradient)
+        )

@@ -1,0 +1,174 @@
+"""Blueprints: what a pipeline will be, drawn by each rank and compared before anything is built.
+
+Every rank was given the same arguments, or should have been. Each checks its own and draws the blueprint; the
+ranks exchange how that went, so that a mistake on one of them is an error on all and nobody is left waiting
+in the next collective. What only one rank can know (measured times, the seed) is rank 0's word.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from hpcpar.errors import MismatchError, ScheduleError
+from hpcpar.nn.pipeline.builders import build_schedule
+from hpcpar.nn.pipeline.layers import Layers
+from hpcpar.nn.pipeline.partition import balance_layers, check_balance, profile_layers
+from hpcpar.nn.pipeline.plan import PipelinePlan, make_plan
+from hpcpar.nn.pipeline.schedule import Schedule
+from hpcpar.nn.pipeline.simulate import simulate
+from hpcpar.nn.pipeline.skip import check_skips, pop_names, stash_names
+from hpcpar.nn.pipeline.step import CHECKPOINT_MODES, LOSS_REDUCTIONS
+
+if TYPE_CHECKING:
+    from hpcpar.comm import Communicator
+
+__all__ = ["Blueprint", "agree", "check_options"]
+
+T = TypeVar("T")
+
+REUSE_MODES = ("route", "replicate")
+PROGRESS_MODES = ("none", "thread", "auto")
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """See the module's description.
+
+    Attributes
+    ----------
+    schedule : Schedule
+        As asked for; checked.
+    balance : tuple of int
+        Layers of each of its stages.
+    seed : int
+        Of the layers' random numbers.
+    descriptions : tuple of str
+        A line per layer and option, the same on every rank.
+    """
+
+    schedule: Schedule
+    balance: tuple[int, ...]
+    seed: int
+    descriptions: tuple[str, ...]
+
+    @classmethod
+    def draw(
+        cls,
+        layers: Layers,
+        comm: Communicator,
+        *,
+        microbatches: int,
+        schedule: str | Schedule,
+        balance: str | Sequence[int] | None,
+        chunks: int,
+        sample_input: Any,
+        options: dict[str, object],
+    ) -> Blueprint:
+        """Draw it on this rank. Local."""
+        if isinstance(schedule, Schedule):
+            schedule.check(ranks=comm.size, microbatches=microbatches)
+            simulate(schedule)  # finds dead-locks
+        elif isinstance(schedule, str):
+            schedule = build_schedule(schedule, comm.size, microbatches, chunks)
+        else:
+            raise ScheduleError(f"schedule must be a name or a Schedule, got {type(schedule).__name__}")
+        counts = _choose_balance(layers, schedule.stages, balance, sample_input, measures=comm.rank == 0)
+        lines = [f"layer {name}: {layers.describe(index)}" for index, name in enumerate(layers.names)]
+        lines += [f"{name} {value}" for name, value in options.items()]
+        lines += [
+            f"schedule of rank {r}: {' '.join(map(str, row))}" for r, row in enumerate(schedule.actions)
+        ]
+        lines.append(f"balance {'time' if balance == 'time' else counts}")
+        return cls(schedule, tuple(counts), torch.initial_seed() & (2**63 - 1), tuple(lines))
+
+    def adopted_by_all(self, comm: Communicator) -> Blueprint:
+        """Compare with the other ranks', and take rank 0's word for what may differ. Collective.
+
+        Raises
+        ------
+        MismatchError
+            On every rank, with the first difference.
+        """
+        digest = hashlib.sha256("\n".join(self.descriptions).encode()).hexdigest()
+        digests = comm.allgather(digest)
+        other = next((rank for rank, seen in enumerate(digests) if seen != digests[0]), None)
+        if other is None:
+            balance, seed = comm.bcast((self.balance, self.seed), 0)
+            return dataclasses.replace(self, balance=balance, seed=seed)
+        first, second = comm.bcast(self.descriptions, 0), comm.bcast(self.descriptions, other)
+        pairs = zip([*first, "nothing more"], [*second, "nothing more"], strict=False)
+        one, two = next(pair for pair in pairs if pair[0] != pair[1])
+        raise MismatchError(
+            f"a pipeline must be made alike on all ranks, got {one!r} on rank 0 and {two!r} on rank {other}"
+        )
+
+    def plan(self, layers: Layers, reuse: str) -> PipelinePlan:
+        """Where each layer goes and what travels. Local."""
+        sketches = [layers.sketch(index) for index in range(len(layers))]
+        skips = check_skips([(stash_names(sketch), pop_names(sketch)) for sketch in sketches])
+        tied = layers.tied_groups() if reuse == "route" else []
+        return make_plan(self.schedule, self.balance, tied, skips)
+
+
+def agree(comm: Communicator, attempt: Callable[[], T]) -> T:
+    """Do something on every rank that may fail on some; then it fails on all. Collective.
+
+    Raises
+    ------
+    MismatchError
+        Where the attempt succeeded but another rank's did not. A rank's own error is raised as it is.
+    """
+    result: list[T] = []
+    problem: Exception | None = None
+    try:
+        result.append(attempt())
+    except Exception as error:
+        problem = error
+    texts = comm.allgather(None if problem is None else f"{type(problem).__name__}: {problem}")
+    if problem is not None:
+        raise problem
+    for rank, text in enumerate(texts):
+        if text is not None:
+            raise MismatchError(f"a pipeline must be possible on all ranks, got on rank {rank}: {text}")
+    return result[0]
+
+
+def check_options(
+    microbatches: object, checkpoint: object, reuse: object, loss_reduction: object, progress: object
+) -> None:
+    """Raise for an option that is none of the choices. Local."""
+    if type(microbatches) is not int or microbatches < 1:
+        raise MismatchError(f"microbatches must be a positive integer, got {microbatches!r}")
+    choices: dict[str, tuple[object, Sequence[str]]] = {
+        "checkpoint": (checkpoint, list(CHECKPOINT_MODES)),
+        "reuse": (reuse, REUSE_MODES),
+        "loss_reduction": (loss_reduction, LOSS_REDUCTIONS),
+        "progress": (progress, PROGRESS_MODES),
+    }
+    for name, (value, allowed) in choices.items():
+        if value not in allowed:
+            raise MismatchError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def _choose_balance(
+    layers: Layers, stages: int, balance: str | Sequence[int] | None, sample_input: Any, *, measures: bool
+) -> list[int]:
+    if balance is None:
+        # A layer without parameters still costs something.
+        return balance_layers([layers.parameter_count(index) + 1.0 for index in range(len(layers))], stages)
+    if not isinstance(balance, str):
+        return check_balance(balance, len(layers), stages)
+    if balance != "time":
+        raise MismatchError(f"balance must be None, 'time' or a list of layer counts, got {balance!r}")
+    if not measures:
+        return balance_layers([1.0] * len(layers), stages)  # checks the numbers; rank 0's word counts
+    if sample_input is None:
+        raise MismatchError("sample_input must be given for balance='time', got None")
+    profiles = profile_layers(layers, sample_input)
+    return balance_layers([profile.forward_s + profile.backward_s for profile in profiles], stages)

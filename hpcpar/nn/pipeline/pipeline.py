@@ -1,0 +1,444 @@
+"""The pipeline: a model cut into stages on the ranks of a communicator, trained as if it were whole.
+
+This file is what users see. Making a pipeline is a plan that every rank computes alike
+(:mod:`~hpcpar.nn.pipeline.plan`), after which each builds its own layers. A step is a schedule of actions
+that the :mod:`~hpcpar.nn.pipeline.runtime` executes; what ranks must add up is the business of
+:mod:`~hpcpar.nn.pipeline.reductions`.
+
+::
+
+    train_step(inputs, targets)        first rank             last rank
+        split                          microbatches           targets
+        run                            forwards, backwards, messages, losses
+        finish                         gradients of replicas and copies; running statistics
+        return                         the mean loss, on every rank
+
+A failure on one rank becomes a failure of all: it sounds an alarm that the others hear in their waits. After
+that the pipeline is broken, since messages of the failed step may still be on their way.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from hpcpar.comm import Alarm, world
+from hpcpar.errors import CommunicatorFreedError, HpcparError
+from hpcpar.nn.data_parallel import broadcast_packed
+from hpcpar.nn.gradient_reduction import ReductionOptions
+from hpcpar.nn.model_signature import check_same_model
+from hpcpar.nn.pipeline.batch_norm import convert_deferred_batch_norm
+from hpcpar.nn.pipeline.blueprint import Blueprint, agree, check_options
+from hpcpar.nn.pipeline.layers import Layers, LayerSpec
+from hpcpar.nn.pipeline.mail import broadcast_value
+from hpcpar.nn.pipeline.microbatch import Microbatch, split
+from hpcpar.nn.pipeline.module import PipelineModule
+from hpcpar.nn.pipeline.randomness import LayerSeeds, mix
+from hpcpar.nn.pipeline.recorder import PipelineStats
+from hpcpar.nn.pipeline.reductions import PipelineReductions
+from hpcpar.nn.pipeline.runtime import Runtime
+from hpcpar.nn.pipeline.schedule import Schedule
+from hpcpar.nn.pipeline.stage import Stage
+from hpcpar.nn.pipeline.step import LossFunction, MicrobatchLosses, Step
+from hpcpar.nn.pipeline.structure import map_tensors
+from hpcpar.nn.pipeline.timeline import Timeline
+
+if TYPE_CHECKING:
+    from hpcpar.comm import Communicator
+
+__all__ = ["Pipeline"]
+
+
+class Pipeline(PipelineModule):
+    """A model whose layers are spread over ranks. Collective to make and to ``free``.
+
+    Parameters
+    ----------
+    module
+        An ``nn.Sequential``, or a list of layers or :class:`~hpcpar.nn.pipeline.LayerSpec`. Each layer takes
+        one argument: a tensor, or nested tuples, lists, dicts of tensors and constants. Each rank keeps its
+        own layers; give the same weights everywhere (a common seed, or a checkpoint).
+    comm
+        The ranks, ``hpcpar.comm.world()`` by default.
+    microbatches
+        Parts into which a batch is cut. It need not divide.
+    schedule
+        ``"gpipe"``, ``"1f1b"``, ``"interleaved"``, ``"zero_bubble"``, or a
+        :class:`~hpcpar.nn.pipeline.Schedule`.
+    balance
+        Layers per stage; by default such that parameters are spread evenly, ``"time"`` for measured time.
+    checkpoint
+        ``"never"``, ``"except_last"``, ``"always"``: microbatches whose activations are computed again in
+        backward instead of being kept.
+    loss_fn
+        ``loss_fn(output, target)`` of one microbatch, a scalar. ``None`` if the last layer returns the loss.
+    data_comm
+        Ranks that hold the same stage of other replicas: data parallelism, reduced in the cool-down.
+    reuse
+        Layers that share parameters but fall on different ranks: ``"route"`` computes all of them where the
+        first one lives, ``"replicate"`` keeps copies and sums their gradients.
+    deferred_batch_norm
+        Update running statistics once per step, from the whole batch.
+    chunks
+        Stages per rank.
+    sample_input
+        One microbatch, with which ``balance="time"`` measures; needed on rank 0.
+    loss_reduction
+        ``"mean"`` or ``"sum"``: what ``loss_fn`` does with the samples of a microbatch.
+    device
+        Where this rank computes; by default where its parameters are.
+    bucket_mb, wire_dtype, transport
+        Of the reduction over ``data_comm``, as in :class:`hpcpar.nn.DataParallel`.
+    progress
+        ``"none"``, ``"thread"``: whether a thread moves messages on while a stage computes. ``"auto"``
+        measures it in the first steps where ranks have more than one core.
+
+    Raises
+    ------
+    MismatchError, ScheduleError
+        On every rank, when the arguments do not fit together or differ between ranks.
+
+    Examples
+    --------
+    >>> pipe = hpcpar.nn.Pipeline(net, comm, microbatches=8, loss_fn=F.cross_entropy)
+    >>> opt = torch.optim.AdamW(pipe.parameters())
+    >>> loss = pipe.train_step(x, y)  # .grad is that of the whole batch; then opt.step()
+
+    Notes
+    -----
+    ``pipe.parameters()`` are those of this rank only. Use :meth:`clip_grad_norm_` for the norm over all
+    stages. Dropout draws the same masks on any number of ranks, under any schedule.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module | Sequence[nn.Module | LayerSpec],
+        comm: Communicator | None = None,
+        *,
+        microbatches: int,
+        schedule: str | Schedule = "1f1b",
+        balance: str | Sequence[int] | None = None,
+        checkpoint: str = "never",
+        loss_fn: LossFunction | None = None,
+        data_comm: Communicator | None = None,
+        reuse: str = "route",
+        deferred_batch_norm: bool = False,
+        chunks: int = 1,
+        sample_input: Any = None,
+        loss_reduction: str = "mean",
+        device: torch.device | str | None = None,
+        bucket_mb: float | None = None,
+        wire_dtype: torch.dtype | None = None,
+        transport: str = "auto",
+        progress: str = "auto",
+    ) -> None:
+        super().__init__()
+        self._comm = (world() if comm is None else comm).Dup()
+        self._data = None if data_comm is None or data_comm.size == 1 else data_comm.Dup()
+        self._loss_fn, self._checkpoint = loss_fn, checkpoint
+        self._loss_reduction, self._microbatches = loss_reduction, microbatches
+
+        def draw() -> tuple[Layers, Blueprint, ReductionOptions]:
+            check_options(microbatches, checkpoint, reuse, loss_reduction, progress)
+            layers = Layers(module)
+            options = {"checkpoint": checkpoint, "reuse": reuse, "deferred_batch_norm": deferred_batch_norm}
+            drawn = Blueprint.draw(
+                layers,
+                self._comm,
+                microbatches=microbatches,
+                schedule=schedule,
+                balance=balance,
+                chunks=chunks,
+                sample_input=sample_input,
+                options={**options, "loss_reduction": loss_reduction, "data_comm": data_comm is not None},
+            )
+            reduction = ReductionOptions(
+                bucket_mb=bucket_mb,
+                blocking=False,
+                wire_dtype=wire_dtype,
+                transport=transport,
+                progress="hooks",
+            )
+            return layers, drawn, reduction
+
+        try:
+            layers, blueprint, reduction = agree(self._comm, draw)
+            self._blueprint = blueprint.adopted_by_all(self._comm)
+            self.plan = agree(self._comm, lambda: self._blueprint.plan(layers, reuse))
+            stages = agree(self._comm, lambda: self._build(layers, device, deferred_batch_norm))
+        except Exception:
+            self._free_communicators()  # all ranks are here, whatever was wrong on one of them
+            raise
+        self._join_ranks(layers, stages, reduction, progress)
+
+    def _build(
+        self, layers: Layers, device: torch.device | str | None, deferred_batch_norm: bool
+    ) -> dict[int, Stage]:
+        """Build the layers of this rank. Local."""
+        container, converted = self.layers, dict[int, nn.Module]()
+        mine = [stage for stage in self.plan.stages if stage.rank == self._comm.rank]
+        for stage in mine:
+            for index in stage.layers:
+                layer = layers.build(index)
+                if deferred_batch_norm:
+                    if id(layer) not in converted:  # a layer may come twice
+                        converted[id(layer)] = convert_deferred_batch_norm(layer)
+                    layer = converted[id(layer)]
+                # Not add_module: a layer may have the name of one of the container's attributes.
+                container._modules[layers.names[index]] = layer if device is None else layer.to(device)
+        parameter = next(container.parameters(), None)
+        self.device = torch.device(device or ("cpu" if parameter is None else parameter.device))
+        replica = 0 if self._data is None else self._data.rank
+        self._seeds = LayerSeeds(mix(self._blueprint.seed, replica), self.device)
+        return {
+            stage.index: Stage(
+                stage,
+                [container._modules[layers.names[i]] for i in stage.layers],  # type: ignore[misc]
+                [layers.names[i] for i in stage.layers],
+                self._seeds,
+            )
+            for stage in mine
+        }
+
+    def _join_ranks(
+        self, layers: Layers, stages: dict[int, Stage], options: ReductionOptions, progress: str
+    ) -> None:
+        """Everything that needs the other ranks. Collective."""
+        self._stages = stages
+        if self._data is not None:
+            check_same_model(self.layers, self._data, {"plan": self.plan.describe(), **vars(options)})
+            broadcast_packed([*self.layers.parameters(), *self.layers.buffers()], self._data, 0)
+        self._reductions = PipelineReductions(layers, self.plan, stages, self._comm, self._data, options)
+        self._alarm = Alarm([self._comm] if self._data is None else [self._comm, self._data])
+        self._runtime = Runtime(self.plan, stages, self._comm, self.device, _groups(stages))
+        self._runtime.choose_progress(progress)
+        self._open_state(layers.names, self._reductions.later_copies)
+        self._broken: BaseException | None = None
+        self._freed = False
+
+    # Steps -----------------------------------------------------------------------------------------------
+
+    def train_step(self, inputs: Any = None, targets: Any = None, *, scale: float = 1.0) -> torch.Tensor:
+        """Forward and backward of a batch; ``.grad`` of the local parameters becomes the whole model's.
+
+        Parameters
+        ----------
+        inputs
+            The batch, on the rank of the first stage; others may pass ``None``. Tensors of shape
+            (samples, ...), or nested structures of them; see :class:`~hpcpar.nn.pipeline.Whole`.
+        targets
+            Likewise, on the rank of the last stage.
+        scale
+            Factor of the gradients, such as 1 / the number of accumulated steps. Not of the loss returned.
+
+        Returns
+        -------
+        torch.Tensor
+            The loss of the batch, 0-d, float64, on the host, on every rank; the mean over the replicas with
+            ``data_comm``.
+
+        Raises
+        ------
+        RankFailedError
+            When another rank failed, with its message; a failure here is raised as it is.
+        StalledError
+            When a rank is late: names action, message and rank.
+
+        Notes
+        -----
+        Collective.
+        """
+        with self._guarded():
+            step = self._step(inputs, targets, training=True, scale=scale)
+            self._reductions.begin()
+            self._seeds.step += 1
+            with torch.enable_grad():
+                self._runtime.run(step)
+            self._reductions.finish()
+            for stage in self._stages.values():
+                stage.end_step(self._data)
+            self._synchronize_buffers()
+        assert step.result is not None
+        return step.result[1].clone()
+
+    @torch.no_grad()
+    def eval_step(
+        self, inputs: Any = None, targets: Any = None, *, broadcast_output: bool = False
+    ) -> tuple[Any, torch.Tensor | None]:
+        """Forward of a batch. Collective over the ranks of the pipeline; replicas are independent.
+
+        Parameters
+        ----------
+        inputs, targets
+            As in :meth:`train_step`; without targets no loss is computed.
+        broadcast_output
+            Whether every rank gets the output.
+
+        Returns
+        -------
+        output, loss
+            The output on the rank of the last stage, ``None`` elsewhere unless it is broadcast. The loss of
+            this replica's batch on every rank, or ``None``.
+
+        Notes
+        -----
+        ``eval()`` and ``train()`` are up to the caller, as for any module.
+        """
+        with self._guarded():
+            step = self._step(inputs, targets, training=False, scale=1.0)
+            self._runtime.run(step)
+            output = step.joined_output() if self.is_last else None
+            if broadcast_output:
+                output = broadcast_value(output, self._comm, self.plan.last_rank, self.device)
+        assert step.result is not None
+        return output, step.result[1].clone() if step.result[0] else None
+
+    def forward(self, inputs: Any = None, *, broadcast_output: bool = False) -> Any:
+        """The output of the model without gradients, as ``eval_step(inputs)[0]``. Collective."""
+        return self.eval_step(inputs, broadcast_output=broadcast_output)[0]
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Steps inside leave the gradients of replicas apart; the next one outside averages all. Local."""
+        before, self._reductions.synchronize = self._reductions.synchronize, False
+        try:
+            yield
+        finally:
+            self._reductions.synchronize = before
+
+    # What it is ------------------------------------------------------------------------------------------
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank has the first stage, and so needs inputs. Local."""
+        return self.plan.stages[0].rank == self._comm.rank
+
+    @property
+    def is_last(self) -> bool:
+        """Whether this rank has the last stage, and so needs targets. Local."""
+        return self.plan.last_rank == self._comm.rank
+
+    @property
+    def schedule(self) -> Schedule:
+        """What the ranks execute in training. Local."""
+        return self.plan.schedule
+
+    @property
+    def balance(self) -> list[int]:
+        """Layers of each stage of the schedule that was asked for. Local."""
+        return list(self._blueprint.balance)
+
+    def stats(self) -> PipelineStats:
+        """Seconds, messages and bytes of this rank so far. Local."""
+        return self._runtime.stats()
+
+    @contextmanager
+    def trace(self) -> Iterator[Callable[[], Timeline]]:
+        """Note who does what when. Collective to enter.
+
+        Yields
+        ------
+        callable
+            Returns the timeline of all ranks; Collective. To be called after the block, or in it.
+        """
+        with self._runtime.recorder.tracing():
+            yield self._runtime.recorder.timeline
+
+    def free(self) -> None:
+        """Give communicators and shared memory back; a second call is fine. Collective.
+
+        After a failure nothing is freed: messages may still be on their way. Layers and gradients stay.
+        """
+        if self._freed:
+            return
+        self._freed = True
+        self._runtime.use_progress_thread(False)
+        if self._broken is not None or not self._alarm.is_quiet:
+            return
+        self._comm.Barrier()
+        self._reductions.free()
+        self._runtime.free()
+        self._alarm.free()
+        self._free_communicators()
+
+    # Parts -----------------------------------------------------------------------------------------------
+
+    def _step(self, inputs: Any, targets: Any, *, training: bool, scale: float) -> Step:
+        loss = None
+        if self.is_last and (training or targets is not None):
+            loss = MicrobatchLosses(
+                self._loss_fn,
+                self._cut(targets),
+                reduction=self._loss_reduction,
+                scale=scale,
+                replicas=self._data if training else None,
+            )
+        return Step(
+            self._microbatches,
+            training=training,
+            inputs=self._cut(inputs) if self.is_first else None,
+            loss=loss,
+            checkpoint=self._checkpoint,
+            backward_of=self._reductions.backward_of,
+        )
+
+    def _free_communicators(self) -> None:
+        if self._data is not None:
+            self._data.Free()
+        self._comm.Free()
+
+    def _cut(self, batch: Any) -> list[Microbatch] | None:
+        """The microbatches of a batch, on this rank's device."""
+        if batch is None:
+            return None
+        parts = split(batch, self._microbatches)
+        if self.device.type == "cpu":
+            return parts
+        return [
+            dataclasses.replace(part, value=map_tensors(lambda t: t.to(self.device), part.value))
+            for part in parts
+        ]
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """Make a failure here a failure of all ranks."""
+        if self._freed:
+            raise CommunicatorFreedError("a pipeline must not be used after free()")
+        if self._broken is not None:
+            raise HpcparError(
+                "a pipeline must not be used after a failure: messages of the failed step may be on their "
+                "way. Make a new one, or restart from a checkpoint"
+            ) from self._broken
+        try:
+            with self._alarm.armed():
+                yield
+        except BaseException as error:
+            self._broken = error
+            where = f"stages {list(self._stages)} of the pipeline"
+            self._alarm.sound(f"{where}: {''.join(traceback.format_exception(error))}")
+            self._runtime.abandon()
+            raise
+
+    def _synchronize_buffers(self) -> None:
+        """Running statistics of the first replica, as data parallelism has it."""
+        if self._data is not None and self._reductions.synchronize:
+            changed = [buffer for stage in self._stages.values() for buffer in stage.changing_buffers]
+            broadcast_packed(changed, self._data, 0)
+
+
+def _groups(stages: dict[int, Stage]) -> dict[int, int]:
+    """Number the sets of stages that share parameters."""
+    group = {index: index for index in stages}
+    owner: dict[int, int] = {}
+    for index, stage in stages.items():
+        for parameter in stage.parameters:
+            other = owner.setdefault(id(parameter), index)
+            old, new = group[index], group[other]
+            group = {i: new if g == old else g for i, g in group.items()}
+    return group

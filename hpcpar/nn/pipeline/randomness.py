@@ -1,0 +1,128 @@
+"""Random numbers that do not depend on how a model is cut, and contexts that a recomputation must restore.
+
+Dropout draws from the process's generator, so its masks would depend on which layers share a rank, on the
+schedule and on the order of arrival. Instead each layer that draws gets a seed of its own for each
+microbatch, a function of
+
+    (seed of the job, step, replica, microbatch, layer)
+
+so a pipeline over any number of ranks, one included, under any schedule, draws the same masks, and a
+recomputation draws those of the first time without anything being stored. Whether a layer draws is found out
+in its first call in training and in evaluation mode: the generator's state has changed or not. Layers that do
+not draw pay nothing.
+
+The generator of the process is left as it was: what the user draws between steps is not disturbed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["Contexts", "LayerSeeds", "without_autocast"]
+
+_MASK = (1 << 64) - 1
+
+
+def mix(*numbers: int) -> int:
+    """A 63-bit hash of some integers (the finaliser of SplitMix64, Steele et al. 2014). Local."""
+    state = 0
+    for number in numbers:
+        state = (state + number + 0x9E3779B97F4A7C15) & _MASK
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+        state ^= state >> 31
+    return state >> 1
+
+
+class LayerSeeds:
+    """Seeds the layers of one rank. Local.
+
+    Parameters
+    ----------
+    seed
+        The same on all ranks of a pipeline, another one in each of its data-parallel replicas.
+    device
+        Where the layers compute.
+    """
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self._seed = seed
+        self._device = device
+        self._draws: dict[tuple[int, bool], bool] = {}
+        self.step = 0
+
+    def call(self, number: int, layer: nn.Module, microbatch: int, value: Any) -> Any:
+        """``layer(value)``, with the random numbers of layer ``number`` for this microbatch. Local."""
+        draws = self._draws.get((number, layer.training))
+        if draws is False:
+            return layer(value)
+        before = self._states()
+        self._seed_generators(mix(self._seed, self.step, microbatch, number))
+        seeded = self._states()
+        try:
+            return layer(value)
+        finally:
+            if draws is None:
+                pairs = zip(seeded, self._states(), strict=True)
+                self._draws[number, layer.training] = not all(torch.equal(a, b) for a, b in pairs)
+            self._restore(before)
+
+    def _states(self) -> list[torch.Tensor]:
+        states = [torch.get_rng_state()]
+        if self._device.type == "cuda":
+            states.append(torch.cuda.get_rng_state(self._device))
+        return states
+
+    def _seed_generators(self, seed: int) -> None:
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed asks every kind of device
+        if self._device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+
+    def _restore(self, states: list[torch.Tensor]) -> None:
+        torch.set_rng_state(states[0])
+        if self._device.type == "cuda":
+            torch.cuda.set_rng_state(states[1], self._device)
+
+
+@dataclass(frozen=True)
+class Contexts:
+    """What surrounded a forward: autocast on each kind of device."""
+
+    autocast: tuple[tuple[str, bool, torch.dtype], ...]
+
+    @classmethod
+    def capture(cls, device: torch.device) -> Contexts:
+        """The present contexts of this thread. Local."""
+        kinds = ["cpu"] if device.type == "cpu" else ["cpu", device.type]
+        return cls(tuple((k, torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in kinds))
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Enter them again, without autocast's cache of converted weights.
+
+        The cache would hand a weight converted under ``no_grad`` to the recomputation, which needs one that
+        is connected to the parameter.
+        """
+        with ExitStack() as stack:
+            for kind, enabled, dtype in self.autocast:
+                if enabled or torch.is_autocast_enabled(kind):
+                    stack.enter_context(
+                        torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False)
+                    )
+            yield
+
+
+@contextmanager
+def without_autocast(device: torch.device) -> Iterator[None]:
+    """Backward runs outside of autocast, whatever surrounds the step: operations keep their types. Local."""
+    with ExitStack() as stack:
+        for kind in {"cpu", device.type}:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield

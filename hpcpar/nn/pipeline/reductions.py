@@ -1,0 +1,225 @@
+"""Gradients that several ranks must add up: replicas of a stage, and copies of a parameter on several stages.
+
+::
+
+                 stage 0 (embedding)      stage 1      stage 2 (head, a copy of the embedding)
+    replica 0        rank 0                rank 1          rank 2
+    replica 1        rank 3                rank 4          rank 5
+
+    data parallel    0 ~ 3                 1 ~ 4           2 ~ 5         mean, bucket by bucket, from the
+                                                                         last backward of each stage on
+    copies           0 ~ 2,  3 ~ 5                                       sum, when all backwards are done
+
+The mean over replicas starts inside the last backward of each stage, which comes at different times on
+different ranks: the last stages reduce while the first still compute (the cool-down). Parameters in several
+stages of one rank are complete only at the end, and have a reduction of their own.
+
+Invariant: gradients that were there before the step (accumulation) count once. All replicas hold the same, or
+under ``no_sync`` their own, so the mean may include them. All copies hold the same sum, so only the first one
+keeps it during the step, and the others start from nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from hpcpar.comm import MPI
+from hpcpar.nn.data_parallel import broadcast_packed
+from hpcpar.nn.gradient_reduction import GradientReduction, ReductionOptions
+from hpcpar.nn.pipeline.layers import Layers
+from hpcpar.nn.pipeline.plan import PipelinePlan
+from hpcpar.nn.pipeline.stage import Stage
+
+if TYPE_CHECKING:
+    from hpcpar.comm import Communicator
+
+__all__ = ["PipelineReductions"]
+
+
+class PipelineReductions:
+    """All reductions of this rank's gradients. Collective to make and to free.
+
+    Parameters
+    ----------
+    layers, plan
+        What lives where.
+    stages
+        Those of this rank.
+    comm
+        The ranks of the pipeline.
+    data_comm
+        The replicas of this rank's stages; ``None`` without data parallelism.
+    options
+        How the mean over replicas is taken.
+    """
+
+    def __init__(
+        self,
+        layers: Layers,
+        plan: PipelinePlan,
+        stages: dict[int, Stage],
+        comm: Communicator,
+        data_comm: Communicator | None,
+        options: ReductionOptions,
+    ) -> None:
+        self.synchronize = True
+        self._copies: list[_Copies] = []
+        names = _names_of(layers, stages)
+        for ranks, parameters in _copied_parameters(layers, plan, comm.rank):
+            group = comm.Split(0 if comm.rank in ranks else MPI.UNDEFINED, comm.rank)
+            if group is not None:
+                self._copies.append(_Copies(group, [(names[id(p)], p) for p in parameters], options))
+        self._of_stage: dict[int, GradientReduction] = {}
+        self._of_several: list[GradientReduction] = []
+        if data_comm is not None and data_comm.size > 1:
+            for owner, some in _by_owner(stages).items():
+                reduction = GradientReduction([(names[id(p)], p) for p in some], [], dict, data_comm, options)
+                _let_owner_end(reduction)
+                if owner is None:
+                    self._of_several.append(reduction)
+                else:
+                    self._of_stage[owner] = reduction
+        self._finished: set[int] = set()
+
+    def begin(self) -> None:
+        """Before the first backward of a step. Local."""
+        self._finished = set()
+        for copies in self._copies:
+            copies.begin()
+
+    @contextmanager
+    def backward_of(self, stage: int, is_last: bool) -> Iterator[None]:
+        """Around a backward that adds to a stage's gradients; the last one starts their reduction."""
+        reduction = self._of_stage.get(stage) if is_last and self.synchronize else None
+        if reduction is None:
+            yield
+            return
+        reduction.synchronize = True
+        yield
+        reduction.finish()
+        reduction.synchronize = False
+        self._finished.add(stage)
+
+    def finish(self) -> None:
+        """After the last backward of a step: wait until ``.grad`` is what it should be. Collective."""
+        if self.synchronize:
+            for stage, reduction in self._of_stage.items():
+                if stage not in self._finished:
+                    reduction.finish()
+            for reduction in self._of_several:
+                reduction.finish()
+            for reduction in (*self._of_stage.values(), *self._of_several):
+                reduction.wait_all()
+        for copies in self._copies:
+            copies.finish()
+
+    @property
+    def first_copies(self) -> set[int]:
+        """Identities of the copied parameters of which this rank has the first copy. Local."""
+        return {id(p) for copies in self._copies if copies.is_first for p in copies.parameters}
+
+    @property
+    def later_copies(self) -> set[int]:
+        """Identities of the copied parameters of which this rank has another copy. Local."""
+        return {id(p) for copies in self._copies if not copies.is_first for p in copies.parameters}
+
+    def free(self) -> None:
+        """Give windows and communicators back. Collective."""
+        for reduction in (*self._of_stage.values(), *self._of_several):
+            reduction.free()
+        for copies in self._copies:
+            copies.free()
+
+
+class _Copies:
+    """Parameters of which the same ranks have a copy each. Their gradients are summed."""
+
+    def __init__(
+        self, group: Communicator, named: Sequence[tuple[str, nn.Parameter]], options: ReductionOptions
+    ) -> None:
+        self.parameters = [parameter for _, parameter in named]
+        self.is_first = group.rank == 0
+        self._group = group
+        broadcast_packed(self.parameters, group, 0)
+        trainable = [(name, p) for name, p in named if p.requires_grad]
+        self._reduction = GradientReduction(trainable, [], dict, group, options, average=False)
+        _let_owner_end(self._reduction)
+
+    def begin(self) -> None:
+        if not self.is_first:
+            for parameter in self.parameters:
+                parameter.grad = None
+
+    def finish(self) -> None:
+        self._reduction.finish()
+        self._reduction.wait_all()
+
+    def free(self) -> None:
+        self._reduction.free()
+        self._group.Free()
+
+
+def _let_owner_end(reduction: GradientReduction) -> None:
+    """Hooks do nothing until the owner says so; backward does not wait for what they start."""
+    reduction.synchronize = False
+    reduction.ends_with_backward = False
+    reduction.overlapped = lambda: None
+
+
+def _by_owner(stages: dict[int, Stage]) -> dict[int | None, list[nn.Parameter]]:
+    """The trainable parameters of each local stage, and under ``None`` those that several stages have."""
+    owners: dict[int, set[int]] = {}
+    parameters: dict[int, nn.Parameter] = {}
+    for index, stage in stages.items():
+        for parameter in stage.parameters:
+            if parameter.requires_grad:
+                owners.setdefault(id(parameter), set()).add(index)
+                parameters[id(parameter)] = parameter
+    groups: dict[int | None, list[nn.Parameter]] = {}
+    for identity, indices in owners.items():
+        owner = next(iter(indices)) if len(indices) == 1 else None
+        groups.setdefault(owner, []).append(parameters[identity])
+    return groups
+
+
+def _names_of(layers: Layers, stages: dict[int, Stage]) -> dict[int, str]:
+    """For each local parameter its first name in the unsplit model."""
+    names: dict[int, str] = {}
+    for stage in stages.values():
+        for index, module in zip(stage.plan.layers, stage.layers, strict=True):
+            for name, parameter in module.named_parameters():
+                names.setdefault(id(parameter), f"{layers.names[index]}.{name}")
+    return names
+
+
+def _copied_parameters(
+    layers: Layers, plan: PipelinePlan, rank: int
+) -> list[tuple[tuple[int, ...], list[nn.Parameter]]]:
+    """Ranks that have copies of the same parameters, and these parameters if this rank is one of them.
+
+    In the same order on all ranks: identities of modules and specs are found alike everywhere.
+    """
+    holders: dict[int, set[int]] = {}
+    found: dict[int, list[nn.Parameter]] = {}
+    for group in layers.tied_groups():
+        for index in group:
+            place = plan.rank_of_layer(index)
+            spec = layers.spec(index)
+            if spec is not None:
+                holders.setdefault(id(spec), set()).add(place)
+                if place == rank:
+                    found[id(spec)] = list(layers.build(index).parameters())
+                continue
+            for parameter in layers.build(index).parameters():
+                holders.setdefault(id(parameter), set()).add(place)
+                found[id(parameter)] = [parameter]
+    merged: dict[tuple[int, ...], list[nn.Parameter]] = {}
+    for identity, places in holders.items():
+        if len(places) > 1:
+            mine = found.get(identity, []) if rank in places else []
+            merged.setdefault(tuple(sorted(places)), []).extend(mine)
+    return list(merged.items())

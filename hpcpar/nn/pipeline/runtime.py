@@ -1,0 +1,342 @@
+"""The runtime: one rank's event loop over the actions of a schedule and the messages between stages.
+
+::
+
+    schedule of this rank     0F0 0F1 0F2 0B0 0F3 0B1 ...
+                               │   └─────┬─────┘
+    runs now ──────────────────┘         └── window: receives are posted for these already
+
+An action is *ready* when what it consumes has arrived. The first one in the schedule's order runs; if it is
+not ready, the loop waits, and while it waits:
+
+* a recomputation that the next backward needs anyway starts before the gradient arrives;
+* an action behind it that is ready may overtake, once the wait has lasted half as long as that action usually
+  takes. (At once would be wrong: a weight gradient of 3 ms would delay the backward that arrives 50 us
+  later, and with it all stages before this one.) A forward may not overtake if this rank would then hold more
+  activations than the schedule itself ever asks for.
+
+Invariants:
+
+* Actions of one kind on stages that share parameters keep their order, so gradients are summed in the
+  schedule's order and a run can be repeated bit by bit whatever the timing.
+* Nothing here blocks: sends are started and forgotten, receives are posted for the window, so a
+  rendezvous can never dead-lock. All waiting is in one place, has a deadline that names the action, what it
+  waits for and from whom, and hears alarms.
+* No rank leaves a step before it knows its result, which the last stage sends after its last forward. So all
+  forward messages of a step have been received when the next one begins (:mod:`hpcpar.comm.parcels` needs
+  that).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Hashable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from hpcpar.comm import ProgressThread, wait_for_peers
+from hpcpar.nn.pipeline.activation import Activation
+from hpcpar.nn.pipeline.mail import Mail
+from hpcpar.nn.pipeline.plan import PipelinePlan
+from hpcpar.nn.pipeline.recorder import PipelineStats, Recorder
+from hpcpar.nn.pipeline.schedule import Action, Kind
+from hpcpar.nn.pipeline.simulate import simulate
+from hpcpar.nn.pipeline.stage import Stage
+from hpcpar.nn.pipeline.step import Step
+from hpcpar.nn.progress_trial import ProgressTrial
+
+if TYPE_CHECKING:
+    from hpcpar.comm import Communicator
+
+__all__ = ["Runtime"]
+
+_WINDOW = 4
+_OVERTAKE_AFTER = 0.5
+_BACKWARDS = (Kind.BACKWARD, Kind.BACKWARD_INPUT)
+
+
+class Runtime:
+    """Executes steps on this rank. Collective to make and to free.
+
+    Parameters
+    ----------
+    plan
+        The same on all ranks.
+    stages
+        Those of this rank, by number.
+    comm
+        The ranks of the pipeline.
+    device
+        Where the stages compute.
+    groups
+        Of each local stage the number of the set of stages with which it shares parameters.
+
+    Attributes
+    ----------
+    recorder : Recorder
+        What the steps have cost.
+    """
+
+    def __init__(
+        self,
+        plan: PipelinePlan,
+        stages: dict[int, Stage],
+        comm: Communicator,
+        device: torch.device,
+        groups: dict[int, int],
+    ) -> None:
+        self._plan = plan
+        self._stages = stages
+        self._comm = comm
+        self._device = device
+        self._groups = groups
+        self._mail = Mail(plan, comm, device)
+        self.recorder = Recorder(comm)
+        self._most_activations = simulate(plan.schedule).peak_activations[comm.rank]
+        self._usual_s: dict[tuple[Kind, int], float] = {}
+        self._flags: dict[int, dict[Hashable, list[tuple[bool, ...]]]] = {index: {} for index in stages}
+        self._modes: dict[int, tuple[bool, ...]] = {}
+        self._execute: dict[Kind, Callable[[Action], None]] = {
+            Kind.FORWARD: self._forward,
+            Kind.BACKWARD: self._backward,
+            Kind.BACKWARD_INPUT: self._backward_inputs,
+            Kind.BACKWARD_WEIGHT: self._backward_weights,
+        }
+        self._activations: dict[tuple[int, int], Activation] = {}
+        self._trial: ProgressTrial | None = None
+        self._thread: ProgressThread | None = None
+
+    def run(self, step: Step) -> None:
+        """Execute one step; its result is in ``step`` afterwards. Collective.
+
+        Raises
+        ------
+        RankFailedError
+            When another rank failed.
+        StalledError
+            When a message did not come in time.
+        """
+        self._begin(step)
+        while self._pending:
+            self._run(self._choose() or self._wait_for_work())
+        self._end(step)
+
+    def stats(self) -> PipelineStats:
+        """What steps have cost on this rank so far. Local."""
+        recorder, exchange = self.recorder, self._mail.exchange
+        return PipelineStats(
+            steps=recorder.steps,
+            computed_s=recorder.computed_s,
+            waited_s=recorder.waited_s,
+            messages_sent=exchange.messages_sent,
+            headers_sent=exchange.described_sent,
+            bytes_sent=exchange.bytes_sent,
+            peak_activations=recorder.peak_activations,
+        )
+
+    @property
+    def comm(self) -> Communicator:
+        """The ranks of the pipeline. Local."""
+        return self._comm
+
+    def choose_progress(self, progress: str) -> None:
+        """Have a thread move messages on, or not, or find out in the next steps what is faster.
+
+        Collective.
+        """
+        self._trial = ProgressTrial(self, "hooks" if progress == "none" else progress)
+
+    def use_progress_thread(self, wanted: bool) -> None:
+        """Start or stop the thread. Local."""
+        if wanted and self._thread is None and self._comm.size > 1:
+            self._thread = ProgressThread(self._mail.exchange)
+        elif not wanted and self._thread is not None:
+            self._thread.stop()
+            self._thread = None
+
+    def abandon(self) -> None:
+        """Give up what is under way, after a failure. Local."""
+        self.use_progress_thread(False)
+        self._mail.exchange.abandon()
+        self._mail.begin("")
+        self._activations.clear()
+
+    def free(self) -> None:
+        """Give the communicators back. Collective."""
+        self.use_progress_thread(False)
+        self._mail.exchange.free()
+
+    # A step ----------------------------------------------------------------------------------------------
+
+    def _begin(self, step: Step) -> None:
+        if step.training:
+            self.recorder.steps += 1
+            if self._trial is not None:
+                self._trial.begin_step()
+        if self._thread is not None:
+            self._thread.wake()
+        self._step = step
+        schedule = self._plan.schedule if step.training else self._plan.forward_schedule
+        self._pending: list[Action] = list(schedule.actions[self._comm.rank])
+        self._activations.clear()
+        self._backwards_left = {index: len(step) for index in self._stages}
+        self._mail.begin(step.context)
+        for index, stage in self._stages.items():
+            mode = stage.mode()
+            if self._modes.get(index) != mode:
+                self._modes[index] = mode
+                self._flags[index].clear()
+                stage.forget()
+        self._expect_ahead()
+
+    def _end(self, step: Step) -> None:
+        """Exchange the result, and let go of what was sent."""
+        if self._comm.rank == self._plan.last_rank:
+            self._mail.send_result(step.finish_loss(), len(step))
+        else:
+            message = self._mail.expect_result(len(step))
+            self._wait(message.test, lambda: ("pipeline step, which lacks the loss,", [self._plan.last_rank]))
+            step.result = message.tensors[0]
+        self._wait(lambda: self._mail.exchange.is_sent, self._describe_unsent)
+
+    def _run(self, action: Action) -> None:
+        start = time.perf_counter()
+        self._pending.remove(action)
+        self._execute[action.kind](action)
+        end = time.perf_counter()
+        self.recorder.computed_s += end - start
+        self.recorder.note(start, end, str(action), action.kind.value, (action.stage, action.microbatch))
+        what = action.kind, action.stage
+        self._usual_s[what] = 0.7 * self._usual_s.get(what, end - start) + 0.3 * (end - start)
+        self._expect_ahead()
+        self._mail.exchange.progress()
+
+    def _expect_ahead(self) -> None:
+        """Post the receives of the next actions."""
+        for action in self._pending[:_WINDOW]:
+            self._mail.expect(action, self._activations.get((action.stage, action.microbatch)))
+
+    # Choosing --------------------------------------------------------------------------------------------
+
+    def _choose(self, waited_s: float | None = None) -> Action | None:
+        """The action to run now: the first one, or after a wait one that may overtake it by now."""
+        first = self._pending[0]
+        if self._is_ready(first):
+            return first
+        if waited_s is None:
+            return None
+        blocked = {self._order_of(first)}
+        for action in self._pending[1:_WINDOW]:
+            order = self._order_of(action)
+            usual_s = self._usual_s.get((action.kind, action.stage), math.inf)
+            has_waited = waited_s >= _OVERTAKE_AFTER * usual_s
+            if has_waited and order not in blocked and self._has_room(action) and self._is_ready(action):
+                return action
+            blocked.add(order)
+        return None
+
+    def _order_of(self, action: Action) -> tuple[Kind, int]:
+        """Actions of equal order keep it: of one kind, on stages that share parameters."""
+        return action.kind, self._groups[action.stage]
+
+    def _has_room(self, action: Action) -> bool:
+        return action.kind is not Kind.FORWARD or len(self._activations) < self._most_activations
+
+    def _is_ready(self, action: Action) -> bool:
+        if action.kind is Kind.BACKWARD_WEIGHT:
+            activation = self._activations.get((action.stage, action.microbatch))
+            return activation is not None and activation.is_split
+        return self._mail.has_come(action)
+
+    # Waiting ---------------------------------------------------------------------------------------------
+
+    def _wait_for_work(self) -> Action:
+        """Wait until an action is ready, using the time where that is possible."""
+        self._recompute_ahead()
+        start = time.perf_counter()
+        chosen: list[Action] = []
+
+        def look() -> bool:
+            action = self._choose(time.perf_counter() - start)
+            if action is not None:
+                chosen.append(action)
+            self._mail.exchange.progress()
+            return bool(chosen)
+
+        self._wait(look, lambda: self._mail.describe_missing(self._pending[0]))
+        return chosen[0]
+
+    def _wait(self, done: Callable[[], bool], describe: Callable[[], tuple[str, Sequence[int]]]) -> None:
+        start = time.perf_counter()
+        wait_for_peers(done, self._comm, describe)
+        end = time.perf_counter()
+        self.recorder.waited_s += end - start
+        self.recorder.note(start, end, "wait", "wait")
+
+    def _describe_unsent(self) -> tuple[str, Sequence[int]]:
+        return "pipeline step, whose last messages are not received yet,", self._mail.exchange.slow_receivers
+
+    def _recompute_ahead(self) -> None:
+        """Start the recomputation of the next backward, if it needs one, before its gradient is there."""
+        for action in self._pending[:_WINDOW]:
+            if action.kind in _BACKWARDS:
+                activation = self._activations.get((action.stage, action.microbatch))
+                if activation is not None:
+                    self._recompute(action, activation)
+                return
+
+    # Actions ---------------------------------------------------------------------------------------------
+
+    def _forward(self, action: Action) -> None:
+        step, is_last = self._step, action.stage == len(self._plan.stages) - 1
+        activation = Activation(
+            self._stages[action.stage],
+            action.microbatch,
+            self._mail.take_parcels(action) or [step.entry(action.microbatch)],
+            step.finish(action.microbatch) if is_last else None,
+            checkpoint=step.is_checkpointed(action.microbatch),
+            device=self._device,
+        )
+        parcels, value = activation.forward(self._flags[action.stage], training=step.training)
+        self._mail.send_parcels(action, parcels)
+        if is_last:
+            step.output(action.microbatch, value)
+        if step.training:
+            self._activations[action.stage, action.microbatch] = activation
+            self.recorder.held(len(self._activations))
+
+    def _backward(self, action: Action) -> None:
+        activation = self._prepare_backward(action)
+        gradients = self._mail.take_gradients(action)
+        with self._step.backward_of(action.stage, self._is_last_of(action)):
+            # Sent inside of the block, whose end may start a reduction: another stage waits for these.
+            self._mail.send_gradients(action, activation.backward(gradients))
+        del self._activations[action.stage, action.microbatch]
+
+    def _backward_inputs(self, action: Action) -> None:
+        activation = self._prepare_backward(action)
+        self._mail.send_gradients(action, activation.backward_inputs(self._mail.take_gradients(action)))
+
+    def _backward_weights(self, action: Action) -> None:
+        activation = self._activations.pop((action.stage, action.microbatch))
+        with self._step.backward_of(action.stage, self._is_last_of(action)):
+            activation.backward_weights()
+
+    def _is_last_of(self, action: Action) -> bool:
+        """Whether the gradients of the stage's parameters are complete after this action."""
+        self._backwards_left[action.stage] -= 1
+        return self._backwards_left[action.stage] == 0
+
+    def _prepare_backward(self, action: Action) -> Activation:
+        activation = self._activations[action.stage, action.microbatch]
+        self._recompute(action, activation)
+        return activation
+
+    def _recompute(self, action: Action, activation: Activation) -> None:
+        if activation.needs_recompute:
+            start = time.perf_counter()
+            activation.recompute()
+            label = f"{action.stage}R{action.microbatch}"
+            self.recorder.note(start, time.perf_counter(), label, "R", (action.stage, action.microbatch))
