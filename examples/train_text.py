@@ -3,6 +3,8 @@
     python examples/train_text.py                                # one process
     mpirun -n 4 python examples/train_text.py                    # four
     mpirun -n 4 python examples/train_text.py --text ~/books --steps 2000 --sample 400
+    mpirun -n 2 python examples/train_text.py --pipeline 2 --schedule zero_bubble --trace step.json
+    mpirun -n 4 python examples/train_text.py --pipeline 2 --data-parallel 2
 
 The default text are the Python sources of the interpreter's standard library, about 10 MB.
 
@@ -15,63 +17,29 @@ not depend on the number of ranks, up to rounding.
 With ``--forward-overlap`` the gradients of a step are still on their way when ``backward()``
 returns, and each layer waits for its own just before the next forward runs it. Clipping needs the
 norm of all of them, so it waits for all; ``--clip 0`` leaves the overlap whole.
+
+``--pipeline`` cuts the model into stages instead, see `pipeline_trainer.py`; the curve stays the same.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import time
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 import common
 import hpcpar
+import pipeline_trainer
 import reporting
 import text_corpus
 from gpt import Gpt, GptConfig, generate
 from hpcpar.comm import Communicator
+from trainer import DataParallelTrainer, Options, Trainer
 
 OUTPUT = Path(__file__).resolve().parent / "output" / "text"
-VALIDATION_MICROBATCH = 32
-BETAS = (0.9, 0.95)
-# Large enough that Adam does not blow up gradients which are nothing but rounding: those of the key
-# biases are zero in exact arithmetic, and differ with the order of summation, so with the ranks.
-EPSILON = 1e-6
-
-
-@dataclass(frozen=True)
-class Options:
-    """The command line."""
-
-    text: Path | None
-    limit: int | None
-    layers: int
-    width: int
-    heads: int
-    context: int
-    tied_head: bool
-    steps: int
-    batch_size: int
-    lr: float
-    warmup: int
-    weight_decay: float
-    clip: float
-    bf16: bool
-    forward_overlap: bool
-    blocking: bool
-    eval_every: int
-    eval_windows: int
-    sample: int
-    seed: int
-    device: str
-    output: Path
-    plot: bool
 
 
 @dataclass(frozen=True)
@@ -82,92 +50,14 @@ class Evaluation:
     train_loss: float
     validation_loss: float
     bytes_per_s: float
-    exposed_share: float
+    waiting_share: float
 
     def __str__(self) -> str:
         return (
             f"step {self.step:5d}  train loss {self.train_loss:.4f} nats/byte = "
             f"{self.train_loss / math.log(2):.3f} bits/byte  validation {self.validation_loss:.4f}  "
-            f"{self.bytes_per_s:8.0f} bytes/s  exposed communication {100 * self.exposed_share:4.1f} %"
+            f"{self.bytes_per_s:8.0f} bytes/s  waiting {100 * self.waiting_share:4.1f} %"
         )
-
-
-class Trainer:
-    """The wrapped model and its optimizer: one step, a stretch of steps, an evaluation."""
-
-    def __init__(self, net: Gpt, comm: Communicator, options: Options, device: torch.device) -> None:
-        self.comm, self.options, self.device = comm, options, device
-        decayed = [p for p in net.parameters() if p.dim() >= 2]
-        undecayed = [p for p in net.parameters() if p.dim() < 2]
-        groups = [
-            {"params": decayed, "weight_decay": options.weight_decay},
-            {"params": undecayed, "weight_decay": 0.0},
-        ]
-        self.adamw = torch.optim.AdamW(groups, lr=options.lr, betas=BETAS, eps=EPSILON)
-        self.optimizer: Any = self.adamw
-        if options.forward_overlap:
-            self.optimizer = hpcpar.optim.DataParallelOptimizer(self.adamw)
-            self.model = hpcpar.nn.DataParallel(net, comm, optimizer=self.optimizer)
-        else:
-            self.model = hpcpar.nn.DataParallel(net, comm, blocking_parameter_updates=options.blocking)
-
-    def run_stretch(
-        self, steps: range, text: torch.Tensor, reporter: reporting.Reporter
-    ) -> tuple[float, float, float]:
-        """Train for some steps. Returns mean loss, bytes per second, exposed communication share."""
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        exposed_before_s, start_s = self.model.stats().exposed_s, time.perf_counter()
-        self.model.train()
-        for step in steps:
-            loss_sum += self.train_step(step, text)
-            reporter.step()
-        exposed_s = self.model.stats().exposed_s - exposed_before_s
-        loss, exposed_s = common.sum_over_ranks(self.comm, float(loss_sum), exposed_s)
-        wall_s = time.perf_counter() - start_s
-        trained_bytes = len(steps) * self.options.batch_size * self.options.context
-        return loss / trained_bytes, trained_bytes / wall_s, exposed_s / self.comm.size / wall_s
-
-    def train_step(self, step: int, text: torch.Tensor) -> torch.Tensor:
-        """One optimizer step on the global batch of `step`. Returns the summed loss of this rank."""
-        options = self.options
-        offsets = text_corpus.windows_of_step(
-            options.seed, step, options.batch_size, len(text), options.context
-        )
-        mine = offsets[common.shard(len(offsets), self.comm.rank, self.comm.size)]
-        self.optimizer.zero_grad()
-        loss_sum = self.summed_loss(*text_corpus.cut_windows(text, mine, options.context))
-        global_bytes = options.batch_size * options.context
-        common.local_loss(loss_sum, global_bytes, self.comm.size).backward()
-        if options.clip:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), options.clip)
-        factor = common.warmup_cosine(step, options.steps, options.warmup)
-        common.set_learning_rate(self.adamw, options.lr * factor)
-        self.optimizer.step()
-        return loss_sum.detach()
-
-    def summed_loss(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Cross entropy in nats, summed over all bytes of this rank's windows."""
-        with self._autocast():
-            logits = self.model(inputs.to(self.device))
-        return F.cross_entropy(
-            logits.float().flatten(0, 1), targets.to(self.device).flatten(), reduction="sum"
-        )
-
-    @torch.no_grad()
-    def validate(self, text: torch.Tensor) -> float:
-        """Mean loss over windows spread through the text, shared among ranks. **Collective.**"""
-        self.model.eval()
-        context = self.options.context
-        offsets = text_corpus.spread_windows(self.options.eval_windows, len(text), context)
-        mine = offsets[common.shard(len(offsets), self.comm.rank, self.comm.size)]
-        loss_sum = 0.0
-        for start in range(0, len(mine), VALIDATION_MICROBATCH):
-            windows = text_corpus.cut_windows(text, mine[start : start + VALIDATION_MICROBATCH], context)
-            loss_sum += float(self.summed_loss(*windows))
-        return common.sum_over_ranks(self.comm, loss_sum)[0] / (len(offsets) * context)
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.options.bf16)
 
 
 def train(
@@ -178,10 +68,10 @@ def train(
     with reporting.Reporter(trainer.comm.rank, options.steps) as reporter:
         for first in range(0, options.steps, options.eval_every):
             steps = range(first, min(first + options.eval_every, options.steps))
-            train_loss, bytes_per_s, exposed_share = trainer.run_stretch(steps, training, reporter)
+            train_loss, bytes_per_s, waiting_share = trainer.run_stretch(steps, training, reporter)
             validation_loss = trainer.validate(validation)
             evaluations.append(
-                Evaluation(steps.stop, train_loss, validation_loss, bytes_per_s, exposed_share)
+                Evaluation(steps.stop, train_loss, validation_loss, bytes_per_s, waiting_share)
             )
             reporter.line(str(evaluations[-1]))
     return evaluations
@@ -198,6 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_model_options(parser)
     _add_training_options(parser)
+    _add_pipeline_options(parser)
     add = parser.add_argument
     add("--text", type=Path, metavar="DIR", help="folder with text files; the standard library if not given")
     add("--limit", type=common.positive_int, metavar="N", help="use only the first N bytes of the text")
@@ -241,13 +132,34 @@ def _add_training_options(parser: argparse.ArgumentParser) -> None:
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
 
 
+def _add_pipeline_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("pipeline").add_argument
+    add("--pipeline", type=common.positive_int, default=1, metavar="N", help="ranks that share one model")
+    add("--data-parallel", type=common.positive_int, metavar="N", help="replicas; the ranks that are left")
+    schedules = ["gpipe", "1f1b", "interleaved", "zero_bubble"]
+    add("--schedule", choices=schedules, default="1f1b", help="order of forwards and backwards")
+    add("--microbatches", type=common.positive_int, default=8, help="parts of each replica's batch")
+    add("--chunks", type=common.positive_int, default=1, help="stages per rank")
+    modes = ["never", "except_last", "always"]
+    add("--checkpoint", choices=modes, default="never", help="microbatches to compute again in backward")
+    add("--reuse", choices=["route", "replicate"], default="route", help="what a tied head does")
+    add("--trace", type=Path, metavar="FILE", help="write one step for chrome://tracing, and a picture")
+
+
 def read_options(comm: Communicator) -> Options:
     """The command line, checked for what concerns two options at once. **Collective.**"""
     arguments = common.parse_arguments(build_parser(), comm)
     with common.user_errors_end_the_job(comm):
         if arguments.width % arguments.heads:
             raise common.UserError(f"--heads {arguments.heads} must divide --width {arguments.width}")
-    return Options(**vars(arguments))
+        if arguments.data_parallel is None:
+            arguments.data_parallel = max(1, comm.size // arguments.pipeline)
+        options = Options(**vars(arguments))
+        if options.pipeline > 1:
+            pipeline_trainer.check_options(options, comm)
+        elif options.trace is not None:
+            raise common.UserError("--trace shows the stages of a pipeline; give --pipeline 2 or more")
+    return options
 
 
 def write_results(options: Options, world_size: int, evaluations: list[Evaluation]) -> None:
@@ -287,13 +199,15 @@ def main() -> None:
 
     torch.manual_seed(options.seed)
     net = Gpt(GptConfig(options.layers, options.width, options.heads, options.context, options.tied_head))
-    trainer = Trainer(net.to(device), comm, options, device)
+    make_trainer = pipeline_trainer.PipelineTrainer if options.pipeline > 1 else DataParallelTrainer
+    trainer: Trainer = make_trainer(net.to(device), comm, options, device)
     if comm.rank == 0:
         parameters = sum(parameter.numel() for parameter in net.parameters())
         print(
             f"{parameters} parameters, {sum(len(part) for part in parts)} bytes of text, {comm.size} rank(s)"
         )
     evaluations = train(trainer, options, *parts)
+    trainer.gather_into(net)
     if comm.rank == 0:
         print(f"final validation loss {evaluations[-1].validation_loss:.4f} nats/byte")
         if options.sample:
