@@ -356,7 +356,7 @@ def _pack(description: Description, tensors: Sequence[torch.Tensor]) -> torch.Te
 
 
 def _unpack(packed: torch.Tensor) -> tuple[Description, list[torch.Tensor]]:
-    """The inverse of :func:`_pack`; the tensors are views of the message."""
+    """The inverse of :func:`_pack`; the tensors lie in the memory of the message."""
     array = packed.numpy()
     count = int(array[:8].view(np.int64)[0])
     words = array[8 : 8 * (count + 1)].view(np.int64).tolist()
@@ -373,8 +373,9 @@ def _unpack(packed: torch.Tensor) -> tuple[Description, list[torch.Tensor]]:
     tensors = []
     for start, (dtype, shape) in zip(starts, specs, strict=True):
         nbytes = shape.numel() * dtype.itemsize
-        part = packed[start : start + nbytes].view(dtype) if nbytes else torch.empty(0, dtype=dtype)
-        tensors.append(part.view(shape))
+        # By way of numpy: views of one tensor would share a version, and a change of one spoil all for autograd.
+        part = torch.from_numpy(array[start : start + nbytes]).view(dtype) if nbytes else None
+        tensors.append(torch.empty(shape, dtype=dtype) if part is None else part.view(shape))
     return Description(label, tuple(specs)), tensors
 
 

@@ -18,8 +18,9 @@ import torch
 from hpcpar.errors import MismatchError, ScheduleError
 from hpcpar.nn.pipeline.builders import build_schedule
 from hpcpar.nn.pipeline.layers import Layers
-from hpcpar.nn.pipeline.partition import balance_layers, check_balance, profile_layers
+from hpcpar.nn.pipeline.partition import balance_layers, check_balance
 from hpcpar.nn.pipeline.plan import PipelinePlan, make_plan
+from hpcpar.nn.pipeline.profile import profile_layers
 from hpcpar.nn.pipeline.schedule import Schedule
 from hpcpar.nn.pipeline.simulate import simulate
 from hpcpar.nn.pipeline.skip import check_skips, pop_names, stash_names

@@ -16,14 +16,10 @@ from torch.utils.checkpoint import checkpoint
 
 from hpcpar.errors import MismatchError
 from hpcpar.nn.pipeline.layers import Layers, LayerSpec
+from hpcpar.nn.pipeline.memory import estimate_memory
 from hpcpar.nn.pipeline.microbatch import Whole
-from hpcpar.nn.pipeline.partition import (
-    LayerProfile,
-    balance_layers,
-    check_balance,
-    estimate_memory,
-    profile_layers,
-)
+from hpcpar.nn.pipeline.partition import balance_layers, check_balance
+from hpcpar.nn.pipeline.profile import LayerProfile, profile_layers
 from hpcpar.nn.pipeline.skip import pop, skippable, stash
 
 # ---- balance -----------------------------------------------------------------------------------------------
