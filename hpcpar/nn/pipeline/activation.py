@@ -76,7 +76,7 @@ class Activation:
         self._finish = finish
         self._checkpoint = checkpoint
         self._device = device
-        self._contexts = Contexts.capture(device)
+        self._contexts = Contexts.capture(device) if checkpoint else None
         self._leaves = [
             [t for t, wanted in zip(p.tensors, p.label.wants_gradient, strict=True) if wanted]
             for p in incoming
@@ -124,7 +124,7 @@ class Activation:
         self._versions = [t._version for parcel in self._incoming for t in parcel.tensors]
         with_graph = training and flags is None
         # What autocast caches without a graph must not reach a forward that needs one.
-        contexts = nullcontext() if with_graph else self._contexts.restored()
+        contexts = nullcontext() if with_graph else Contexts.capture(self._device).restored()
         with torch.set_grad_enabled(with_graph), contexts:
             outputs, value, loss = self._compute(self._stage.overwrites_input)
         if not training:
@@ -166,6 +166,7 @@ class Activation:
                 f"the inputs of a checkpointed stage must not be changed in place, got a change in stage "
                 f"{self._stage.plan.index}. Use checkpoint='never', or layers that do not work in place"
             )
+        assert self._contexts is not None  # only a checkpointed forward leaves anything to compute again
         with torch.enable_grad(), self._contexts.restored(), self._stage.recomputing():
             outputs, _, loss = self._compute(self._stage.overwrites_input)
         self._keep_roots(outputs, loss)

@@ -80,12 +80,13 @@ class Blueprint:
         else:
             raise ScheduleError(f"schedule must be a name or a Schedule, got {type(schedule).__name__}")
         counts = _choose_balance(layers, schedule.stages, balance, sample_input, measures=comm.rank == 0)
-        lines = [f"layer {name}: {layers.describe(index)}" for index, name in enumerate(layers.names)]
-        lines += [f"{name} {value}" for name, value in options.items()]
+        lines = [f"microbatches={microbatches}", f"chunks={chunks}"]
+        lines += [f"{name}={value!r}" for name, value in options.items()]
+        lines += [f"layer {name}: {layers.describe(index)}" for index, name in enumerate(layers.names)]
         lines += [
             f"schedule of rank {r}: {' '.join(map(str, row))}" for r, row in enumerate(schedule.actions)
         ]
-        lines.append(f"balance {'time' if balance == 'time' else counts}")
+        lines.append(f"balance={'time' if balance == 'time' else counts}")
         return cls(schedule, tuple(counts), torch.initial_seed() & (2**63 - 1), tuple(lines))
 
     def adopted_by_all(self, comm: Communicator) -> Blueprint:

@@ -334,6 +334,12 @@ class Pipeline(PipelineModule):
         """Layers of each stage of the schedule that was asked for. Local."""
         return list(self._blueprint.balance)
 
+    def extra_repr(self) -> str:
+        """What ``print`` shows besides the layers. Local."""
+        where = f"rank {self._comm.rank} of {self._comm.size}"
+        name = self.schedule.name or "own schedule"
+        return f"{where}, stages {list(self._stages)}, {name}, {self._microbatches} microbatches"
+
     def stats(self) -> PipelineStats:
         """Seconds, messages and bytes of this rank so far. Local."""
         return self._runtime.stats()

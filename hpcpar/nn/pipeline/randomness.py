@@ -17,7 +17,7 @@ The generator of the process is left as it was: what the user draws between step
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,11 +118,12 @@ class Contexts:
             yield
 
 
-@contextmanager
-def without_autocast(device: torch.device) -> Iterator[None]:
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Backward runs outside of autocast, whatever surrounds the step: operations keep their types. Local."""
-    with ExitStack() as stack:
-        for kind in {"cpu", device.type}:
-            if torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
-        yield
+    kinds = [kind for kind in {"cpu", device.type} if torch.is_autocast_enabled(kind)]
+    if not kinds:
+        return nullcontext()  # the rule, and this is called for each action
+    stack = ExitStack()
+    for kind in kinds:
+        stack.enter_context(torch.autocast(kind, enabled=False))
+    return stack

@@ -51,12 +51,19 @@ class Recorder:
     ----------
     comm
         The ranks of the pipeline.
+
+    Attributes
+    ----------
+    steps, computed_s, waited_s, peak_activations
+        As in :class:`PipelineStats`.
+    is_tracing : bool
+        Whether spans are noted.
     """
 
     def __init__(self, comm: Communicator) -> None:
         self._comm = comm
         self._spans: list[Span] = []
-        self._tracing = False
+        self.is_tracing = False
         self._origin_s = 0.0
         self.steps = 0
         self.computed_s = self.waited_s = 0.0
@@ -70,7 +77,7 @@ class Recorder:
         self, start_s: float, end_s: float, label: str, kind: str, place: tuple[int, int] | None = None
     ) -> None:
         """Something has taken from ``start_s`` to ``end_s``; ``place`` is stage and microbatch. Local."""
-        if self._tracing:
+        if self.is_tracing:
             stage, microbatch = (None, None) if place is None else place
             self._spans.append(Span(self._comm.rank, start_s, end_s, label, kind, stage, microbatch))
 
@@ -78,11 +85,11 @@ class Recorder:
     def tracing(self) -> Iterator[None]:
         """Note spans in the block. Collective to enter: the ranks meet, which aligns their clocks."""
         self._comm.Barrier()
-        self._spans, self._origin_s, self._tracing = [], time.perf_counter(), True
+        self._spans, self._origin_s, self.is_tracing = [], time.perf_counter(), True
         try:
             yield
         finally:
-            self._tracing = False
+            self.is_tracing = False
 
     def timeline(self) -> Timeline:
         """What all ranks have noted in the last trace, in seconds from its start. Collective."""

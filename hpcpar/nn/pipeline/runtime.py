@@ -207,7 +207,9 @@ class Runtime:
         self._execute[action.kind](action)
         end = time.perf_counter()
         self.recorder.computed_s += end - start
-        self.recorder.note(start, end, str(action), action.kind.value, (action.stage, action.microbatch))
+        if self.recorder.is_tracing:
+            place = action.stage, action.microbatch
+            self.recorder.note(start, end, str(action), action.kind.value, place)
         what = action.kind, action.stage
         self._usual_s[what] = 0.7 * self._usual_s.get(what, end - start) + 0.3 * (end - start)
         self._expect_ahead()

@@ -8,6 +8,7 @@ gradients add up to those of the whole batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -154,7 +155,7 @@ class MicrobatchLosses:
         self._reduction = reduction
         self._scale = scale
         self._replicas = replicas
-        self._losses: dict[int, torch.Tensor] = {}
+        self._losses: dict[int, tuple[float, torch.Tensor]] = {}
 
     def of(self, microbatch: int, value: Any, label: Label) -> torch.Tensor:
         """The loss of one microbatch, weighted and scaled for backward. Local.
@@ -177,16 +178,14 @@ class MicrobatchLosses:
                 f"{found}. Reduce it by .mean(), or pass a loss_fn that does"
             )
         weight = label.samples / label.total if self._reduction == "mean" else 1.0
-        weighted = loss.reshape(()) * weight
-        self._losses[microbatch] = weighted.detach()  # a recomputation finds the same again
-        return weighted * self._scale
+        self._losses[microbatch] = weight, loss.detach()  # a recomputation finds the same again
+        return loss * (weight * self._scale)
 
     def total(self) -> float:
         """The loss of the batch. Collective over the replicas."""
-        losses = [loss.double().cpu() for loss in self._losses.values()]
-        total = torch.stack(losses).sum() if losses else torch.zeros((), dtype=torch.float64)
+        losses = [weight * float(loss) for weight, loss in self._losses.values()]
+        total = torch.tensor([math.fsum(losses)], dtype=torch.float64)
         if self._replicas is not None:
-            total = total.reshape(1)
             self._replicas.Allreduce(MPI.IN_PLACE, total)
             total /= self._replicas.size
         return float(total)
