@@ -40,6 +40,7 @@ __all__ = ["Alarm", "wait_for_peers"]
 
 _LOOK_S = 0.02
 _LOOK_FOR_DEATHS_S = 0.5
+_MOST_BYTES = 3000
 
 
 class Alarm:
@@ -92,7 +93,7 @@ class Alarm:
             return
         self._sounded = True
         for channel in self._channels:
-            self._tell(channel, (channel.rank, channel.size), text)
+            self._tell(channel, (channel.rank, channel.size), _shortened(text))
 
     def progress(self) -> None:
         """Look for an alarm, unless that was done a moment ago. Called from waits. Local."""
@@ -145,6 +146,15 @@ class Alarm:
         for rank in range(channel.size):
             if rank != channel.rank:
                 self._sent.append((channel.Isend([word, MPI.BYTE], rank, 0), word))
+
+
+def _shortened(text: str) -> str:
+    """What every MPI sends at once: who fails may never call MPI again, to complete a longer message."""
+    words = text.encode(errors="replace")
+    if len(words) <= _MOST_BYTES:
+        return text
+    first, last = words[: _MOST_BYTES // 4], words[-_MOST_BYTES // 2 :]
+    return f"{first.decode(errors='ignore')}\n[...]\n{last.decode(errors='ignore')}"
 
 
 def wait_for_peers(

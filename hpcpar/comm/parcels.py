@@ -227,7 +227,7 @@ class ParcelExchange:
         """Give up everything that is under way, after a failure; nothing may be sent afterwards. Local."""
         with self._lock:
             for incoming in self._expected.values():
-                _cancel(incoming)
+                self._drop(incoming)
             self._expected.clear()
             self._sends.clear()  # requests that are dropped keep their buffers until MPI is done
 
@@ -317,6 +317,18 @@ class ParcelExchange:
         self._finish(incoming)
         return True
 
+    def _drop(self, incoming: Incoming) -> None:
+        """Withdraw what can be withdrawn without waiting: who has failed may never end what it has begun."""
+        handles, buffers = incoming._handles[incoming._next :], [*incoming._buffers]
+        for handle in handles:
+            handle.Cancel()
+        if incoming._packed is not None:
+            handles.append(incoming._packed[0])
+            buffers.append(HostBuffer(incoming._packed[1]))
+        # A request that is dropped keeps its buffers until MPI is done with them.
+        Request("Irecv", handles, self._comm._peer_patience(incoming.source), keep=buffers)
+        incoming._handles, incoming._buffers, incoming._packed, incoming.tensors = [], [], None, []
+
     def _finish(self, incoming: Incoming) -> None:
         incoming._received = True
         incoming._handles, incoming._buffers, incoming._packed = [], [], None
@@ -373,7 +385,7 @@ def _unpack(packed: torch.Tensor) -> tuple[Description, list[torch.Tensor]]:
     tensors = []
     for start, (dtype, shape) in zip(starts, specs, strict=True):
         nbytes = shape.numel() * dtype.itemsize
-        # By way of numpy: views of one tensor would share a version, and a change of one spoil all for autograd.
+        # By way of numpy: views of one tensor share a version, so a change of one would spoil all.
         part = torch.from_numpy(array[start : start + nbytes]).view(dtype) if nbytes else None
         tensors.append(torch.empty(shape, dtype=dtype) if part is None else part.view(shape))
     return Description(label, tuple(specs)), tensors

@@ -194,7 +194,8 @@ class _Graph:
         children = [child for child, _ in node.next_functions if child is not None]
         if node in self._inputs or any(child in self._reaching for child in children):
             self._reaching.add(node)
-        if node not in self._inputs and hasattr(node, "variable"):
+        is_custom = isinstance(node, torch.autograd.function.BackwardCFunction)  # may have any attribute
+        if node not in self._inputs and hasattr(node, "variable") and not is_custom:
             self._parameters[node] = frozenset((node,))
         else:
             self._parameters[node] = frozenset().union(*(self._parameters[child] for child in children))
@@ -250,7 +251,8 @@ def _accumulate(parameter: torch.Tensor, gradient: torch.Tensor | None) -> None:
     if gradient is None:
         return
     if parameter.grad is None:
-        parameter.grad = gradient.detach()
+        # A copy: autograd may have returned one tensor for several inputs, one of which is being sent.
+        parameter.grad = gradient.detach().clone()
     else:
         parameter.grad = (
             parameter.grad + gradient if parameter.grad.is_sparse else parameter.grad.add_(gradient)

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Stage"]
 
+_HANDING_ON = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd, nn.Sequential)
+
 
 class Stage:
     """The layers of one stage. Local.
@@ -56,8 +58,7 @@ class Stage:
         self._deferred = [
             module for layer in layers for module in layer.modules() if isinstance(module, DeferredBatchNorm)
         ]
-        first = self.layers[0].modules() if self.layers else ()
-        self.overwrites_input = any(getattr(module, "inplace", False) for module in first)
+        self.overwrites_input = _overwrites_input(self.layers)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -155,6 +156,17 @@ class _StageTracker(SkipTracker):
     def stash(self, name: SkipName, value: Any) -> None:
         super().stash(name, value)
         self.stashed[name] = value
+
+
+def _overwrites_input(layers: Sequence[nn.Module]) -> bool:
+    """Whether the first layer works in place, apart from those that may hand on their input as it is."""
+    for layer in layers:
+        modules = list(layer.modules())
+        if any(getattr(module, "inplace", False) for module in modules):
+            return True
+        if not all(isinstance(module, _HANDING_ON) for module in modules):
+            return False
+    return False
 
 
 def _same(buffer: torch.Tensor, copy: torch.Tensor) -> bool:
