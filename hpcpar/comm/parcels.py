@@ -30,7 +30,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -138,6 +138,7 @@ class ParcelExchange:
     def __init__(self, comm: Communicator, device: torch.device | None = None) -> None:
         self._comm = comm
         self._device = torch.device("cpu") if device is None else device
+        self._on_host = self._device.type == "cpu"
         alone = comm.size == 1
         self._plain = None if alone else comm.mpi.Dup()
         self._described = None if alone else comm.mpi.Dup()
@@ -145,7 +146,7 @@ class ParcelExchange:
         self._tags = int(comm.mpi.Get_attr(MPI.TAG_UB) or 32767)
         self._sent: dict[Hashable, Description] = {}
         self._known: dict[Hashable, Description] = {}
-        self._sends: list[tuple[int, Request]] = []
+        self._sends: list[_Send] = []
         self._expected: dict[int, Incoming] = {}
         self._lock = threading.Lock()
         self.messages_sent = self.bytes_sent = self.described_sent = 0
@@ -221,7 +222,7 @@ class ParcelExchange:
     @property
     def slow_receivers(self) -> list[int]:
         """Ranks that have not received everything yet. Local."""
-        return sorted({dest for dest, _ in self._sends})
+        return sorted({send.dest for send in self._sends})
 
     def abandon(self) -> None:
         """Give up everything that is under way, after a failure; nothing may be sent afterwards. Local."""
@@ -229,7 +230,9 @@ class ParcelExchange:
             for incoming in self._expected.values():
                 self._drop(incoming)
             self._expected.clear()
-            self._sends.clear()  # requests that are dropped keep their buffers until MPI is done
+            for send in self._sends:  # requests that are dropped keep their buffers until MPI is done
+                Request("Isend", [send.handle], self._comm._peer_patience(send.dest), keep=send.host)
+            self._sends.clear()
 
     def free(self, *, communicators: bool = True) -> None:
         """Give the communicators back, unless messages nobody received may be left in them. Collective."""
@@ -244,26 +247,28 @@ class ParcelExchange:
     def _release_sent(self) -> None:
         if self._sends:
             with self._lock:
-                self._sends = [(dest, send) for dest, send in self._sends if not send.advance()]
+                self._sends = [send for send in self._sends if not send.handle.Test()]
 
     def _start(self, mpi: MPITypes.Intracomm | None, tensor: torch.Tensor, dest: int, tag: int) -> None:
-        buffer = HostBuffer.to_send(tensor.detach())
-        handle = self._call(_alive(mpi).Isend, buffer.host, dest, tag)
-        request = Request("Isend", [handle], self._comm._peer_patience(dest), keep=buffer)
-        self._sends.append((dest, request))
+        host = tensor if _is_readable(tensor) else HostBuffer.to_send(tensor.detach()).host
+        self._sends.append(_Send(dest, self._call(_alive(mpi).Isend, host, dest, tag), host))
         self.messages_sent += 1
-        self.bytes_sent += buffer.host.nbytes
+        self.bytes_sent += host.nbytes
 
     def _post(self, mpi: Any, incoming: Incoming, specs: Sequence[Any], tag: int) -> None:
         for dtype, shape in specs:
             target = torch.empty(shape, dtype=dtype, device=self._device)
-            buffer = HostBuffer.to_receive(target)
+            buffer = HostBuffer(target) if self._on_host else HostBuffer.to_receive(target)
             incoming._buffers.append(buffer)
             incoming._handles.append(self._call(_alive(mpi).Irecv, buffer.host, incoming.source, tag))
 
     def _call(self, operation: Any, host: torch.Tensor, peer: int, tag: int) -> MPITypes.Request:
+        handle: MPITypes.Request
+        if host.nbytes <= self._comm._count_limit:
+            handle = operation(memory(host), peer, tag % self._tags)  # bytes, without a look at the type
+            return handle
         kind, derived = block_type(host.dtype, host.numel(), self._comm._count_limit)
-        handle: MPITypes.Request = operation([memory(host), kind], peer, tag % self._tags)
+        handle = operation([memory(host), kind], peer, tag % self._tags)
         if derived:
             kind.Free()
         return handle
@@ -335,6 +340,20 @@ class ParcelExchange:
         if incoming.description is not None:
             del incoming.tensors[len(incoming.description.specs) :]  # what stood for a parcel of no tensors
         del self._expected[id(incoming)]
+
+
+class _Send(NamedTuple):
+    """A message on its way. Lighter than a :class:`Request`, for there is one per action of a pipeline."""
+
+    dest: int
+    handle: MPITypes.Request
+    host: torch.Tensor
+
+
+def _is_readable(tensor: torch.Tensor) -> bool:
+    """Whether MPI can read a tensor where it lies."""
+    is_plain = tensor.device.type == "cpu" and tensor.is_contiguous()
+    return is_plain and not tensor.is_conj() and not tensor.is_neg()
 
 
 def _alive(mpi: MPITypes.Intracomm | None) -> MPITypes.Intracomm:

@@ -20,7 +20,6 @@ recomputation, and is an error.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -117,16 +116,20 @@ class Activation:
             self._roots = [[] for _ in self._stage.plan.outgoing]
             self.gradient_specs = [[] for _ in self._stage.plan.outgoing]
             return [Parcel(self._incoming[0].label, []) for _ in self._stage.plan.outgoing], None
-        for leaf in (leaf for leaves in self._leaves for leaf in leaves):
-            leaf.requires_grad_()
-        kind = tuple(parcel.label for parcel in self._incoming)
-        flags = known.get(kind) if self._checkpoint else None
-        self._versions = [t._version for parcel in self._incoming for t in parcel.tensors]
-        with_graph = training and flags is None
-        # What autocast caches without a graph must not reach a forward that needs one.
-        contexts = nullcontext() if with_graph else Contexts.capture(self._device).restored()
-        with torch.set_grad_enabled(with_graph), contexts:
+        for leaves in self._leaves:
+            for leaf in leaves:
+                leaf.requires_grad_()
+        kind, flags = None, None
+        if self._checkpoint:
+            kind = tuple(parcel.label for parcel in self._incoming)
+            flags = known.get(kind)
+            self._versions = [t._version for parcel in self._incoming for t in parcel.tensors]
+        if training and flags is None:
             outputs, value, loss = self._compute(self._stage.overwrites_input)
+        else:
+            # What autocast caches without a graph must not reach a forward that needs one.
+            with torch.no_grad(), Contexts.capture(self._device).restored():
+                outputs, value, loss = self._compute(self._stage.overwrites_input)
         if not training:
             self._incoming, self._leaves, self._roots = [], [], []
         elif self._checkpoint:
@@ -139,17 +142,13 @@ class Activation:
             self._incoming = []
         parcels = []
         for place, (label, tensors) in enumerate(outputs):
-            wanted = label.wants_gradient if flags is None else flags[place]
-            label = Label(label.structure, wanted, label.samples, label.total)
+            if flags is not None:
+                label = label._replace(wants_gradient=flags[place])
+            wanted = label.wants_gradient
+            self.gradient_specs.append(
+                [(t.dtype, t.shape) for t, is_wanted in zip(tensors, wanted, strict=True) if is_wanted]
+            )
             parcels.append(Parcel(label, [tensor.detach() for tensor in tensors]))
-        self.gradient_specs = [
-            [
-                (t.dtype, t.shape)
-                for t, wanted in zip(p.tensors, p.label.wants_gradient, strict=True)
-                if wanted
-            ]
-            for p in parcels
-        ]
         return parcels, value
 
     def recompute(self) -> None:

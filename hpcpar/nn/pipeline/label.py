@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import functools
 import struct
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,8 +23,7 @@ __all__ = ["Label", "Parcel", "pack"]
 _HEAD = struct.Struct("<qqq")
 
 
-@dataclass(frozen=True)
-class Label:
+class Label(NamedTuple):
     """See the module's description.
 
     Attributes
@@ -48,7 +46,6 @@ class Label:
         """Whether the microbatch has no samples. Local."""
         return self.structure is None
 
-    @functools.lru_cache(maxsize=256)  # noqa: B019  labels are values; equal ones are encoded once
     def to_bytes(self) -> bytes:
         """The label as it travels. Local."""
         head = _HEAD.pack(self.samples, self.total, len(self.wants_gradient))
@@ -65,8 +62,7 @@ class Label:
         return Label(structure, tuple(map(bool, flags)), samples, total)
 
 
-@dataclass(frozen=True)
-class Parcel:
+class Parcel(NamedTuple):
     """One value between two stages: its label and its tensors, without a graph."""
 
     label: Label

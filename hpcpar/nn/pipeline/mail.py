@@ -27,9 +27,35 @@ from hpcpar.nn.pipeline.structure import flatten, unflatten
 if TYPE_CHECKING:
     from hpcpar.comm import Communicator
 
-__all__ = ["Mail", "broadcast_value"]
+__all__ = ["Mail", "Task", "broadcast_value"]
 
 _RESULT = "result"
+
+
+class Task:
+    """An action of the step under way, and what it waits for. Compared by identity. Local.
+
+    Parameters
+    ----------
+    action
+        What is to be done.
+
+    Attributes
+    ----------
+    key : tuple of int
+        Stage and microbatch.
+    expected : list of (Edge, Incoming or None), or None
+        What it consumes, with ``None`` for an edge inside of this rank; ``None`` until receives are posted.
+    """
+
+    __slots__ = ("action", "expected", "is_forward", "key", "kind")
+
+    def __init__(self, action: Action) -> None:
+        self.action = action
+        self.kind = action.kind
+        self.is_forward = action.kind is Kind.FORWARD
+        self.key = action.stage, action.microbatch
+        self.expected: list[tuple[Edge, Incoming | None]] | None = None
 
 
 class Mail:
@@ -54,91 +80,102 @@ class Mail:
         self._plan = plan
         self._comm = comm
         self.exchange = ParcelExchange(comm, device)
+        ranks = [stage.rank for stage in plan.stages]
+        self._is_local = [ranks[edge.source] == ranks[edge.dest] for edge in plan.edges]
+        self._labels: dict[int, tuple[Label, bytes]] = {}
         self.begin("")
 
     def begin(self, context: str) -> None:
         """Before a step; parcels of different contexts have descriptions of their own. Local."""
         self._context = context
-        self._local: dict[tuple[Edge, int], Parcel] = {}
-        self._local_gradients: dict[tuple[Edge, int], Gradients] = {}
-        self._expected: dict[Action, list[tuple[Edge, Incoming | None]]] = {}
+        self._local: dict[tuple[int, int], Parcel] = {}
+        self._local_gradients: dict[tuple[int, int], Gradients] = {}
 
-    def expect(self, action: Action, activation: Activation | None) -> None:
-        """Post the receives of an action, unless that is done or cannot be done yet. Local.
+    def expect(self, task: Task, activation: Activation | None) -> None:
+        """Post the receives of a task, unless that is done or cannot be done yet. Local.
 
         Parameters
         ----------
-        action
+        task
             One that will be executed soon.
         activation
             That of its stage and microbatch, if its forward is done.
         """
-        if action in self._expected or action.kind is Kind.BACKWARD_WEIGHT:
+        if task.expected is not None or task.kind is Kind.BACKWARD_WEIGHT:
             return
-        stage = self._plan.stages[action.stage]
-        if action.kind is Kind.FORWARD:
-            self._expected[action] = [(e, self._expect(e, action.microbatch)) for e in stage.incoming]
+        number, microbatch = task.key
+        stage = self._plan.stages[number]
+        if task.is_forward:
+            task.expected = [(edge, self._expect(edge, microbatch)) for edge in stage.incoming]
         elif activation is not None:
-            self._expected[action] = [
-                (edge, self._expect_gradients(edge, action.microbatch, specs))
+            task.expected = [
+                (edge, self._expect_gradients(edge, microbatch, specs))
                 for edge, specs in zip(stage.outgoing, activation.gradient_specs, strict=True)
-                if specs or self._is_local(edge)
+                if specs or self._is_local[edge.index]
             ]
 
-    def has_come(self, action: Action) -> bool:
-        """Whether everything that an action consumes is here. Local."""
-        if action not in self._expected:
+    def has_come(self, task: Task) -> bool:
+        """Whether everything that a task consumes is here. Local."""
+        if task.expected is None:
             return False
-        local = self._local if action.kind is Kind.FORWARD else self._local_gradients
-        return all(
-            (edge, action.microbatch) in local if incoming is None else incoming.test()
-            for edge, incoming in self._expected[action]
-        )
+        for edge, incoming in task.expected:
+            if incoming is not None:
+                if not incoming.test():
+                    return False
+            elif (edge.index, task.key[1]) not in (self._local if task.is_forward else self._local_gradients):
+                return False
+        return True
 
-    def take_parcels(self, action: Action) -> list[Parcel]:
+    def take_parcels(self, task: Task) -> list[Parcel]:
         """The inputs of a forward, a parcel per incoming edge; none on the first stage. Local."""
+        assert task.expected is not None
         parcels = []
-        for edge, incoming in self._expected.pop(action):
+        for edge, incoming in task.expected:
             if incoming is None:
-                parcels.append(self._local.pop((edge, action.microbatch)))
+                parcels.append(self._local.pop((edge.index, task.key[1])))
             else:
                 assert incoming.description is not None
                 label = Label.from_bytes(incoming.description.label)
                 parcels.append(Parcel(label, [t for t in incoming.tensors if t is not None]))
+        task.expected = None
         return parcels
 
-    def take_gradients(self, action: Action) -> list[Gradients]:
+    def take_gradients(self, task: Task) -> list[Gradients]:
         """The gradients that a backward starts from, per outgoing edge. Local."""
-        arrived = dict(self._expected.pop(action))
+        assert task.expected is not None
+        arrived = {edge.index: incoming for edge, incoming in task.expected}
+        task.expected = None
         gradients: list[Gradients] = []
-        for edge in self._plan.stages[action.stage].outgoing:
-            incoming = arrived.get(edge)
+        for edge in self._plan.stages[task.key[0]].outgoing:
+            incoming = arrived.get(edge.index)
             if incoming is not None:
                 gradients.append(incoming.tensors)
-            elif edge in arrived:
-                gradients.append(self._local_gradients.pop((edge, action.microbatch)))
+            elif edge.index in arrived:
+                gradients.append(self._local_gradients.pop((edge.index, task.key[1])))
             else:
                 gradients.append([])
         return gradients
 
-    def send_parcels(self, action: Action, parcels: Sequence[Parcel]) -> None:
+    def send_parcels(self, task: Task, parcels: Sequence[Parcel]) -> None:
         """Hand on what a forward has computed, a parcel per outgoing edge. Point-to-point, never waits."""
-        for edge, parcel in zip(self._plan.stages[action.stage].outgoing, parcels, strict=True):
-            if self._is_local(edge):
-                self._local[edge, action.microbatch] = parcel
+        stage, microbatch = task.key
+        for edge, parcel in zip(self._plan.stages[stage].outgoing, parcels, strict=True):
+            if self._is_local[edge.index]:
+                self._local[edge.index, microbatch] = parcel
             else:
-                dest, tag = self._plan.stages[edge.dest].rank, self._tag(edge, action.microbatch)
-                self.exchange.send(dest, tag, parcel.tensors, parcel.label.to_bytes(), self._context)
+                dest, tag = self._plan.stages[edge.dest].rank, self._tag(edge, microbatch)
+                label = self._encode(edge, parcel.label)
+                self.exchange.send(dest, tag, parcel.tensors, label, self._context)
 
-    def send_gradients(self, action: Action, gradients: Sequence[Gradients]) -> None:
+    def send_gradients(self, task: Task, gradients: Sequence[Gradients]) -> None:
         """Hand back gradients, per incoming edge. Point-to-point, never waits."""
+        stage, microbatch = task.key
         # The first stage has no edge for the gradient of the batch.
-        for edge, some in zip(self._plan.stages[action.stage].incoming, gradients, strict=False):
-            if self._is_local(edge):
-                self._local_gradients[edge, action.microbatch] = some
+        for edge, some in zip(self._plan.stages[stage].incoming, gradients, strict=False):
+            if self._is_local[edge.index]:
+                self._local_gradients[edge.index, microbatch] = some
             elif some:
-                source = self._plan.stages[edge.source].rank
-                self.exchange.reply(source, self._tag(edge, action.microbatch), some)
+                self.exchange.reply(self._plan.stages[edge.source].rank, self._tag(edge, microbatch), some)
 
     def send_result(self, result: torch.Tensor, microbatches: int) -> None:
         """Tell all ranks what came out of the step; for the last one. Point-to-point, never waits."""
@@ -150,25 +187,32 @@ class Mail:
         """What the last rank tells; for the others. Point-to-point."""
         return self.exchange.expect(self._plan.last_rank, self._result_tag(microbatches), _RESULT)
 
-    def describe_missing(self, action: Action) -> tuple[str, list[int]]:
-        """For an error: what an action lacks, and the ranks that owe it. Local."""
-        is_forward = action.kind is Kind.FORWARD
+    def describe_missing(self, task: Task) -> tuple[str, list[int]]:
+        """For an error: what a task lacks, and the ranks that owe it. Local."""
         lacking = [
-            (edge, edge.source if is_forward else edge.dest)
-            for edge, incoming in self._expected.get(action, [])
+            (edge, edge.source if task.is_forward else edge.dest)
+            for edge, incoming in task.expected or ()
             if incoming is None or not incoming.test()
         ]
-        what = "the activation" if is_forward else "the gradient"
+        stage, microbatch = task.key
+        what = "the activation" if task.is_forward else "the gradient"
         texts = [
-            f"{what} of microbatch {action.microbatch} from stage {end}"
+            f"{what} of microbatch {microbatch} from stage {end}"
             + ("" if edge.skip is None else f" (skip {edge.skip})")
             for edge, end in lacking
         ]
-        text = f"action {action} of pipeline stage {action.stage}, which needs {' and '.join(texts)},"
+        text = f"action {task.action} of pipeline stage {stage}, which needs {' and '.join(texts)},"
         return text, sorted({self._plan.stages[end].rank for _, end in lacking})
 
+    def _encode(self, edge: Edge, label: Label) -> bytes:
+        """The bytes of a label, which is that of the microbatch before as a rule."""
+        known = self._labels.get(edge.index)
+        if known is None or known[0] != label:
+            known = self._labels[edge.index] = label, label.to_bytes()
+        return known[1]
+
     def _expect(self, edge: Edge, microbatch: int) -> Incoming | None:
-        if self._is_local(edge):
+        if self._is_local[edge.index]:
             return None
         source = self._plan.stages[edge.source].rank
         return self.exchange.expect(source, self._tag(edge, microbatch), self._context)
@@ -176,13 +220,10 @@ class Mail:
     def _expect_gradients(
         self, edge: Edge, microbatch: int, specs: Sequence[tuple[torch.dtype, torch.Size]]
     ) -> Incoming | None:
-        if self._is_local(edge):
+        if self._is_local[edge.index]:
             return None
         dest = self._plan.stages[edge.dest].rank
         return self.exchange.expect_reply(dest, self._tag(edge, microbatch), specs)
-
-    def _is_local(self, edge: Edge) -> bool:
-        return self._plan.stages[edge.source].rank == self._plan.stages[edge.dest].rank
 
     def _tag(self, edge: Edge, microbatch: int) -> int:
         return microbatch * len(self._plan.edges) + edge.index

@@ -29,7 +29,7 @@ import torch
 from torch import nn
 
 from hpcpar.comm import Alarm, world
-from hpcpar.errors import CommunicatorFreedError, HpcparError
+from hpcpar.errors import CommunicatorFreedError, HpcparError, RankFailedError
 from hpcpar.nn.data_parallel import broadcast_packed
 from hpcpar.nn.gradient_reduction import ReductionOptions
 from hpcpar.nn.model_signature import check_same_model
@@ -367,7 +367,12 @@ class Pipeline(PipelineModule):
         self._runtime.use_progress_thread(False)
         if self._broken is not None or not self._alarm.is_quiet:
             return
-        self._comm.Barrier()
+        try:
+            with self._alarm.armed():  # another rank may have failed after this one had done its part
+                for comm in filter(None, (self._comm, self._data)):
+                    comm.Barrier()
+        except RankFailedError:
+            return
         self._reductions.free()
         self._runtime.free()
         self._alarm.free()

@@ -38,10 +38,10 @@ import torch
 
 from hpcpar.comm import ProgressThread, wait_for_peers
 from hpcpar.nn.pipeline.activation import Activation
-from hpcpar.nn.pipeline.mail import Mail
+from hpcpar.nn.pipeline.mail import Mail, Task
 from hpcpar.nn.pipeline.plan import PipelinePlan
 from hpcpar.nn.pipeline.recorder import PipelineStats, Recorder
-from hpcpar.nn.pipeline.schedule import Action, Kind
+from hpcpar.nn.pipeline.schedule import Kind
 from hpcpar.nn.pipeline.simulate import simulate
 from hpcpar.nn.pipeline.stage import Stage
 from hpcpar.nn.pipeline.step import Step
@@ -96,9 +96,13 @@ class Runtime:
         self.recorder = Recorder(comm)
         self._most_activations = simulate(plan.schedule).peak_activations[comm.rank]
         self._usual_s: dict[tuple[Kind, int], float] = {}
+        self._tasks = {
+            True: [Task(action) for action in plan.schedule.actions[comm.rank]],
+            False: [Task(action) for action in plan.forward_schedule.actions[comm.rank]],
+        }
         self._flags: dict[int, dict[Hashable, list[tuple[bool, ...]]]] = {index: {} for index in stages}
         self._modes: dict[int, tuple[bool, ...]] = {}
-        self._execute: dict[Kind, Callable[[Action], None]] = {
+        self._execute: dict[Kind, Callable[[Task], None]] = {
             Kind.FORWARD: self._forward,
             Kind.BACKWARD: self._backward,
             Kind.BACKWARD_INPUT: self._backward_inputs,
@@ -178,8 +182,7 @@ class Runtime:
         if self._thread is not None:
             self._thread.wake()
         self._step = step
-        schedule = self._plan.schedule if step.training else self._plan.forward_schedule
-        self._pending: list[Action] = list(schedule.actions[self._comm.rank])
+        self._pending = list(self._tasks[step.training])
         self._activations.clear()
         self._backwards_left = {index: len(step) for index in self._stages}
         self._mail.begin(step.context)
@@ -201,69 +204,69 @@ class Runtime:
             step.result = message.tensors[0]
         self._wait(lambda: self._mail.exchange.is_sent, self._describe_unsent)
 
-    def _run(self, action: Action) -> None:
+    def _run(self, task: Task) -> None:
         start = time.perf_counter()
-        self._pending.remove(action)
-        self._execute[action.kind](action)
+        self._pending.remove(task)
+        self._execute[task.kind](task)
         end = time.perf_counter()
         self.recorder.computed_s += end - start
         if self.recorder.is_tracing:
-            place = action.stage, action.microbatch
-            self.recorder.note(start, end, str(action), action.kind.value, place)
-        what = action.kind, action.stage
+            self.recorder.note(start, end, str(task.action), task.kind.value, task.key)
+        what = task.kind, task.key[0]
         self._usual_s[what] = 0.7 * self._usual_s.get(what, end - start) + 0.3 * (end - start)
         self._expect_ahead()
         self._mail.exchange.progress()
 
     def _expect_ahead(self) -> None:
-        """Post the receives of the next actions."""
-        for action in self._pending[:_WINDOW]:
-            self._mail.expect(action, self._activations.get((action.stage, action.microbatch)))
+        """Post the receives of the next tasks."""
+        for task in self._pending[:_WINDOW]:
+            if task.expected is None:
+                self._mail.expect(task, self._activations.get(task.key))
 
     # Choosing --------------------------------------------------------------------------------------------
 
-    def _choose(self, waited_s: float | None = None) -> Action | None:
-        """The action to run now: the first one, or after a wait one that may overtake it by now."""
+    def _choose(self, waited_s: float | None = None) -> Task | None:
+        """The task to run now: the first one, or after a wait one that may overtake it by now."""
         first = self._pending[0]
         if self._is_ready(first):
             return first
         if waited_s is None:
             return None
         blocked = {self._order_of(first)}
-        for action in self._pending[1:_WINDOW]:
-            order = self._order_of(action)
-            usual_s = self._usual_s.get((action.kind, action.stage), math.inf)
+        for task in self._pending[1:_WINDOW]:
+            order = self._order_of(task)
+            usual_s = self._usual_s.get((task.kind, task.key[0]), math.inf)
             has_waited = waited_s >= _OVERTAKE_AFTER * usual_s
-            if has_waited and order not in blocked and self._has_room(action) and self._is_ready(action):
-                return action
+            if has_waited and order not in blocked and self._has_room(task) and self._is_ready(task):
+                return task
             blocked.add(order)
         return None
 
-    def _order_of(self, action: Action) -> tuple[Kind, int]:
-        """Actions of equal order keep it: of one kind, on stages that share parameters."""
-        return action.kind, self._groups[action.stage]
+    def _order_of(self, task: Task) -> tuple[Kind, int]:
+        """Tasks of equal order keep it: of one kind, on stages that share parameters."""
+        return task.kind, self._groups[task.key[0]]
 
-    def _has_room(self, action: Action) -> bool:
-        return action.kind is not Kind.FORWARD or len(self._activations) < self._most_activations
+    def _has_room(self, task: Task) -> bool:
+        return not task.is_forward or len(self._activations) < self._most_activations
 
-    def _is_ready(self, action: Action) -> bool:
-        if action.kind is Kind.BACKWARD_WEIGHT:
-            activation = self._activations.get((action.stage, action.microbatch))
+    def _is_ready(self, task: Task) -> bool:
+        if task.kind is Kind.BACKWARD_WEIGHT:
+            activation = self._activations.get(task.key)
             return activation is not None and activation.is_split
-        return self._mail.has_come(action)
+        return self._mail.has_come(task)
 
     # Waiting ---------------------------------------------------------------------------------------------
 
-    def _wait_for_work(self) -> Action:
-        """Wait until an action is ready, using the time where that is possible."""
+    def _wait_for_work(self) -> Task:
+        """Wait until a task is ready, using the time where that is possible."""
         self._recompute_ahead()
         start = time.perf_counter()
-        chosen: list[Action] = []
+        chosen: list[Task] = []
 
         def look() -> bool:
-            action = self._choose(time.perf_counter() - start)
-            if action is not None:
-                chosen.append(action)
+            task = self._choose(time.perf_counter() - start)
+            if task is not None:
+                chosen.append(task)
             self._mail.exchange.progress()
             return bool(chosen)
 
@@ -282,63 +285,64 @@ class Runtime:
 
     def _recompute_ahead(self) -> None:
         """Start the recomputation of the next backward, if it needs one, before its gradient is there."""
-        for action in self._pending[:_WINDOW]:
-            if action.kind in _BACKWARDS:
-                activation = self._activations.get((action.stage, action.microbatch))
+        for task in self._pending[:_WINDOW]:
+            if task.kind in _BACKWARDS:
+                activation = self._activations.get(task.key)
                 if activation is not None:
-                    self._recompute(action, activation)
+                    self._recompute(task, activation)
                 return
 
-    # Actions ---------------------------------------------------------------------------------------------
+    # Tasks -----------------------------------------------------------------------------------------------
 
-    def _forward(self, action: Action) -> None:
-        step, is_last = self._step, action.stage == len(self._plan.stages) - 1
+    def _forward(self, task: Task) -> None:
+        step, (stage, microbatch) = self._step, task.key
+        is_last = stage == len(self._plan.stages) - 1
         activation = Activation(
-            self._stages[action.stage],
-            action.microbatch,
-            self._mail.take_parcels(action) or [step.entry(action.microbatch)],
-            step.finish(action.microbatch) if is_last else None,
-            checkpoint=step.is_checkpointed(action.microbatch),
+            self._stages[stage],
+            microbatch,
+            self._mail.take_parcels(task) or [step.entry(microbatch)],
+            step.finish(microbatch) if is_last else None,
+            checkpoint=step.is_checkpointed(microbatch),
             device=self._device,
         )
-        parcels, value = activation.forward(self._flags[action.stage], training=step.training)
-        self._mail.send_parcels(action, parcels)
+        parcels, value = activation.forward(self._flags[stage], training=step.training)
+        self._mail.send_parcels(task, parcels)
         if is_last:
-            step.output(action.microbatch, value)
+            step.output(microbatch, value)
         if step.training:
-            self._activations[action.stage, action.microbatch] = activation
+            self._activations[task.key] = activation
             self.recorder.held(len(self._activations))
 
-    def _backward(self, action: Action) -> None:
-        activation = self._prepare_backward(action)
-        gradients = self._mail.take_gradients(action)
-        with self._step.backward_of(action.stage, self._is_last_of(action)):
+    def _backward(self, task: Task) -> None:
+        activation = self._prepare_backward(task)
+        gradients = self._mail.take_gradients(task)
+        with self._step.backward_of(task.key[0], self._is_last_of(task)):
             # Sent inside of the block, whose end may start a reduction: another stage waits for these.
-            self._mail.send_gradients(action, activation.backward(gradients))
-        del self._activations[action.stage, action.microbatch]
+            self._mail.send_gradients(task, activation.backward(gradients))
+        del self._activations[task.key]
 
-    def _backward_inputs(self, action: Action) -> None:
-        activation = self._prepare_backward(action)
-        self._mail.send_gradients(action, activation.backward_inputs(self._mail.take_gradients(action)))
+    def _backward_inputs(self, task: Task) -> None:
+        activation = self._prepare_backward(task)
+        self._mail.send_gradients(task, activation.backward_inputs(self._mail.take_gradients(task)))
 
-    def _backward_weights(self, action: Action) -> None:
-        activation = self._activations.pop((action.stage, action.microbatch))
-        with self._step.backward_of(action.stage, self._is_last_of(action)):
+    def _backward_weights(self, task: Task) -> None:
+        activation = self._activations.pop(task.key)
+        with self._step.backward_of(task.key[0], self._is_last_of(task)):
             activation.backward_weights()
 
-    def _is_last_of(self, action: Action) -> bool:
-        """Whether the gradients of the stage's parameters are complete after this action."""
-        self._backwards_left[action.stage] -= 1
-        return self._backwards_left[action.stage] == 0
+    def _is_last_of(self, task: Task) -> bool:
+        """Whether the gradients of the stage's parameters are complete after this task."""
+        self._backwards_left[task.key[0]] -= 1
+        return self._backwards_left[task.key[0]] == 0
 
-    def _prepare_backward(self, action: Action) -> Activation:
-        activation = self._activations[action.stage, action.microbatch]
-        self._recompute(action, activation)
+    def _prepare_backward(self, task: Task) -> Activation:
+        activation: Activation = self._activations[task.key]
+        self._recompute(task, activation)
         return activation
 
-    def _recompute(self, action: Action, activation: Activation) -> None:
+    def _recompute(self, task: Task, activation: Activation) -> None:
         if activation.needs_recompute:
             start = time.perf_counter()
             activation.recompute()
-            label = f"{action.stage}R{action.microbatch}"
-            self.recorder.note(start, time.perf_counter(), label, "R", (action.stage, action.microbatch))
+            label = f"{task.key[0]}R{task.key[1]}"
+            self.recorder.note(start, time.perf_counter(), label, "R", task.key)

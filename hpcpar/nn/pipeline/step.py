@@ -168,7 +168,7 @@ class MicrobatchLosses:
         loss: Any = value
         if self._function is not None:
             loss = self._function(value, *self._target(microbatch, label))
-        if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.is_floating_point():
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.dtype.is_floating_point:
             found = repr(loss)
             if isinstance(loss, torch.Tensor):
                 found = f"a tensor of shape {tuple(loss.shape)} and {loss.dtype}"
