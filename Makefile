@@ -62,11 +62,15 @@ format: env  ## let ruff rewrite what it can
 	$(MPICH)/bin/ruff check --fix .
 	$(MPICH)/bin/ruff format .
 
-bench: env  ## benchmarks on two ranks, both MPIs
+bench: env  ## benchmarks on two ranks, both MPIs, and one on eight ranks that sleep
 	$(MPICH_RUN) benchmarks/allreduce.py
 	$(OPENMPI_RUN) benchmarks/allreduce.py --compare benchmarks/results/allreduce-mpich-$(RANKS).json
 	$(MPICH_RUN) benchmarks/data_parallel_step.py
 	$(OPENMPI_RUN) benchmarks/data_parallel_step.py
+	$(MPICH_RUN) benchmarks/pipeline.py
+	$(OPENMPI_RUN) benchmarks/pipeline.py
+	$(MPICH_RUN) benchmarks/pipeline.py --memory
+	$(MPICH)/bin/mpirun -n 8 $(MPICH)/bin/python benchmarks/pipeline_sleep.py
 
 clean:  ## remove build outputs and caches; the environments stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

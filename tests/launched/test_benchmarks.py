@@ -19,11 +19,13 @@ def run(benchmark: str, ranks: int, *arguments: str) -> LaunchResult:
     return result
 
 
-def record(benchmark: str, ranks: int, output: Path, *arguments: str) -> tuple[dict[str, Any], str]:
+def record(
+    benchmark: str, ranks: int, output: Path, *arguments: str, saved_as: str | None = None
+) -> tuple[dict[str, Any], str]:
     """Run a benchmark; what it wrote and what it showed."""
     result = run(benchmark, ranks, "--quick", "--output", str(output), *arguments)
     assert result.returncode == 0, result.stderr
-    (path,) = output.glob(f"{benchmark}-*-{ranks}.json")
+    (path,) = output.glob(f"{saved_as or benchmark}-*-{ranks}.json")
     assert path.with_suffix(".png").stat().st_size > 1000
     content: dict[str, Any] = json.loads(path.read_text())
     assert content["environment"]["ranks"] == ranks
@@ -70,9 +72,65 @@ def test_step_leaves_the_parameters_of_ddp(tmp_path: Path) -> None:
     assert "goal: " in screen
 
 
-@pytest.mark.parametrize("benchmark", ["allreduce", "data_parallel_step"])
-def test_one_rank_has_no_goal(tmp_path: Path, benchmark: str) -> None:
-    assert "one rank has nobody to reduce with" in record(benchmark, 1, tmp_path)[1]
+def test_pipeline_reports_every_variant_and_its_ideal(tmp_path: Path) -> None:
+    content, screen = record("pipeline", 2, tmp_path)
+    shapes = [(result["microbatches"], result["samples"]) for result in content["results"]]
+    assert shapes == [(8, 32), (32, 8), (8, 4), (8, 2)]
+    for result in content["results"]:
+        assert result["workload"] in screen
+        assert len(result["variants"]) == 7
+        for name, figures in result["variants"].items():
+            assert name in screen
+            assert min(figures["seconds"]) > 0.0
+            assert figures["difference"] < 1e-3
+            if not name.startswith("unsplit"):
+                assert figures["ideal_s"] > 0.0
+                assert figures["efficiency"] > 0.0
+        stage_s = result["stage_s"]
+        assert [len(costs["forward"]) for costs in stage_s.values()] == [2, 4, 2]
+        assert min(cost for costs in stage_s.values() for kind in costs.values() for cost in kind) > 0.0
+    assert "goals: " in screen
+
+
+def test_pipeline_memory_is_that_of_the_schedule(tmp_path: Path) -> None:
+    content, screen = record("pipeline", 2, tmp_path, "--memory", saved_as="pipeline_memory")
+    held = {
+        (row["schedule"], row["microbatches"]): [stage["microbatches"] for stage in row["stages"]]
+        for row in content["results"]
+    }
+    counts = (4, 8, 16, 32)
+    assert held == {
+        **{("1f1b", count): [2, 1] for count in counts},
+        **{("gpipe", count): [count, count] for count in counts},
+    }
+    for row in content["results"]:
+        for stage in row["stages"]:
+            assert stage["microbatches_worth"] == pytest.approx(stage["microbatches"], rel=0.05)
+    assert "missed" not in screen
+
+
+def test_pipeline_of_sleeping_stages_reports_every_schedule(tmp_path: Path) -> None:
+    content, screen = record("pipeline_sleep", 2, tmp_path)
+    assert [row["schedule"] for row in content["results"]] == ["gpipe", "1f1b", "zero_bubble", "interleaved"]
+    for row in content["results"]:
+        assert row["schedule"] in screen
+        assert min(row["seconds"]) > 0.0
+        assert row["simulated_s"] > 0.0
+        assert row["loop_per_action_s"] > 0.0
+    assert "goal: " in screen
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "reason"),
+    [
+        ("allreduce", "one rank has nobody to reduce with"),
+        ("data_parallel_step", "one rank has nobody to reduce with"),
+        ("pipeline", "one rank has nobody to send to"),
+        ("pipeline_sleep", "one rank has nobody to wait for"),
+    ],
+)
+def test_one_rank_has_no_goal(tmp_path: Path, benchmark: str, reason: str) -> None:
+    assert reason in record(benchmark, 1, tmp_path)[1]
 
 
 @pytest.mark.parametrize(
@@ -81,6 +139,7 @@ def test_one_rank_has_no_goal(tmp_path: Path, benchmark: str) -> None:
         ("allreduce", ["--sizes", "3"], "must be a multiple of 4 bytes such as 64K or 8M, got '3'"),
         ("allreduce", ["--compare", "nowhere.json"], "cannot read nowhere.json"),
         ("data_parallel_step", ["--repetitions", "0"], "must be a number of at least 1, got '0'"),
+        ("pipeline_sleep", ["--microbatches", "0"], "must be a number of at least 1, got '0'"),
     ],
 )
 def test_mistake_ends_all_ranks_with_one_message(benchmark: str, arguments: list[str], message: str) -> None:

@@ -216,7 +216,9 @@ class Activation:
         outputs = [
             pack(value if edge.skip is None else stashed[edge.skip], samples, total) for edge in plan.outgoing
         ]
-        loss = None if self._finish is None else self._finish(value, chain.label)
+        loss = None
+        if self._finish is not None:
+            loss = self._stage.seeded(self._microbatch, self._finish, value, chain.label)
         return outputs, value, loss
 
     def _keep_roots(self, outputs: list[tuple[Label, list[torch.Tensor]]], loss: torch.Tensor | None) -> None:

@@ -73,7 +73,7 @@ class PipelineModule(nn.Module):
         else:
             powers = self._comm.allgather(float(norm) ** norm_type)  # summed in one order on all ranks
             norm = torch.tensor(sum(powers) ** (1.0 / norm_type), dtype=torch.float64)
-        torch.nn.utils.clip_grads_with_norm_(self.layers.parameters(), max_norm, norm.float().to(self.device))
+        torch.nn.utils.clip_grads_with_norm_(self.layers.parameters(), max_norm, norm.to(self.device))
         return norm
 
     def state_dict(self, *args: Any, full: bool = True, **kwargs: Any) -> Any:

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from hpcpar.comm import Alarm, world
+from hpcpar.comm import MPI, Alarm, world
 from hpcpar.errors import CommunicatorFreedError, HpcparError, RankFailedError
 from hpcpar.nn.data_parallel import broadcast_packed
 from hpcpar.nn.gradient_reduction import ReductionOptions
@@ -438,8 +438,14 @@ class Pipeline(PipelineModule):
 
     def _synchronize_buffers(self) -> None:
         """Running statistics of the first replica, as data parallelism has it."""
-        if self._data is not None and self._reductions.synchronize:
-            changed = [buffer for stage in self._stages.values() for buffer in stage.changing_buffers]
+        if self._data is None or not self._reductions.synchronize:
+            return
+        buffers = [pair for stage in self._stages.values() for pair in stage.buffers]
+        if buffers:
+            # What changes may depend on the data; the replicas must send the same.
+            changing = torch.tensor([is_changing for _, is_changing in buffers], dtype=torch.uint8)
+            self._data.Allreduce(MPI.IN_PLACE, changing, MPI.MAX)
+            changed = [buffer for (buffer, _), flag in zip(buffers, changing.tolist(), strict=True) if flag]
             broadcast_packed(changed, self._data, 0)
 
 

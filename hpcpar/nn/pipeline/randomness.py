@@ -7,16 +7,16 @@ microbatch, a function of
     (seed of the job, step, replica, microbatch, layer)
 
 so a pipeline over any number of ranks, one included, under any schedule, draws the same masks, and a
-recomputation draws those of the first time without anything being stored. Whether a layer draws is found out
-in its first call in training and in evaluation mode: the generator's state has changed or not. Layers that do
-not draw pay nothing.
+recomputation draws those of the first time without anything being stored. Layers that cannot draw pay
+nothing: those that consist of torch's own modules, dropout and the like excepted. Of any other nobody knows:
+it may begin to draw in the thousandth step, when its rate is no longer zero.
 
 The generator of the process is left as it was: what the user draws between steps is not disturbed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +27,14 @@ from torch import nn
 __all__ = ["Contexts", "LayerSeeds", "without_autocast"]
 
 _MASK = (1 << 64) - 1
+_DRAWING = (
+    nn.modules.dropout._DropoutNd,
+    nn.MultiheadAttention,
+    nn.RNNBase,
+    nn.RReLU,
+    nn.FractionalMaxPool2d,
+    nn.FractionalMaxPool3d,
+)
 
 
 def mix(*numbers: int) -> int:
@@ -38,6 +46,16 @@ def mix(*numbers: int) -> int:
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
         state ^= state >> 31
     return state >> 1
+
+
+def may_draw(layer: nn.Module) -> bool:
+    """Whether the layer could use random numbers, now or later. Local."""
+    return any(
+        isinstance(module, _DRAWING)
+        or not type(module).__module__.startswith("torch.nn.modules.")
+        or bool(module._forward_hooks or module._forward_pre_hooks)
+        for module in layer.modules()
+    )
 
 
 class LayerSeeds:
@@ -54,23 +72,22 @@ class LayerSeeds:
     def __init__(self, seed: int, device: torch.device) -> None:
         self._seed = seed
         self._device = device
-        self._draws: dict[tuple[int, bool], bool] = {}
+        self._draws: dict[int, bool] = {}
         self.step = 0
 
     def call(self, number: int, layer: nn.Module, microbatch: int, value: Any) -> Any:
         """``layer(value)``, with the random numbers of layer ``number`` for this microbatch. Local."""
-        draws = self._draws.get((number, layer.training))
-        if draws is False:
-            return layer(value)
+        if number not in self._draws:
+            self._draws[number] = may_draw(layer)
+        return self.seeded(number, microbatch, layer, value) if self._draws[number] else layer(value)
+
+    def seeded(self, number: int, microbatch: int, function: Callable[..., Any], *args: Any) -> Any:
+        """``function(*args)``, with random numbers of its own for this microbatch. Local."""
         before = self._states()
         self._seed_generators(mix(self._seed, self.step, microbatch, number))
-        seeded = self._states()
         try:
-            return layer(value)
+            return function(*args)
         finally:
-            if draws is None:
-                pairs = zip(seeded, self._states(), strict=True)
-                self._draws[number, layer.training] = not all(torch.equal(a, b) for a, b in pairs)
             self._restore(before)
 
     def _states(self) -> list[torch.Tensor]:

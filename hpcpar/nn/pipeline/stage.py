@@ -7,12 +7,12 @@
 It knows nothing of messages, microbatch order or autograd. Each layer runs with random numbers of its own
 (:mod:`~hpcpar.nn.pipeline.randomness`). Running it again for the same microbatch, as activation checkpointing
 does, gives the same result and leaves buffers alone: those that change in a forward (running statistics) are
-found in the first one, saved before a recomputation and put back after it.
+found in the first one, and a recomputation gets copies of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Stage"]
 
+_LOSS = -1  # number of the loss among the layers
+_Home = dict[str, Any]
+_Place = tuple[_Home, str]
 _HANDING_ON = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd, nn.Sequential)
 
 
@@ -54,7 +57,7 @@ class Stage:
         self.layers = list(layers)
         self._names = list(names)
         self._seeds = seeds
-        self._changing: list[torch.Tensor] | None = None
+        self._changing: list[_Place] | None = None
         self._deferred = [
             module for layer in layers for module in layer.modules() if isinstance(module, DeferredBatchNorm)
         ]
@@ -66,12 +69,15 @@ class Stage:
         return list({id(p): p for layer in self.layers for p in layer.parameters()}.values())
 
     @property
-    def changing_buffers(self) -> list[torch.Tensor]:
-        """The buffers that training changes, such as running statistics; in the same order everywhere."""
+    def buffers(self) -> list[tuple[torch.Tensor, bool]]:
+        """Each buffer but the deferred statistics, and whether training changes it here; alike everywhere."""
         deferred = {id(buffer) for layer in self._deferred for buffer in layer.buffers()}
-        changing = {id(buffer) for buffer in self._changing or ()}
-        buffers = {id(b): b for layer in self.layers for b in layer.buffers()}
-        return [b for identity, b in buffers.items() if identity in changing and identity not in deferred]
+        changing = {(id(home), name) for home, name in self._changing or ()}
+        return [
+            (home[name], (id(home), name) in changing)
+            for home, name in self._places()
+            if id(home[name]) not in deferred
+        ]
 
     def run(
         self, microbatch: int, value: Any, popped: Mapping[SkipName, Any]
@@ -105,8 +111,16 @@ class Stage:
                     )
                     raise
         if watched is not None:
-            self._changing = [b for b, copy in watched if not _same(b, copy)]
+            self._changing = [
+                (home, name)
+                for home, name, buffer, copy in watched
+                if home[name] is not buffer or not _same(buffer, copy)
+            ]
         return value, tracker.stashed
+
+    def seeded(self, microbatch: int, function: Callable[..., Any], *args: Any) -> Any:
+        """The loss of a microbatch: ``function(*args)``, which may draw like a layer. Local."""
+        return self._seeds.seeded(_LOSS, microbatch, function, *args)
 
     def mode(self) -> tuple[bool, ...]:
         """What decides which tensors want gradients and which buffers change. Local."""
@@ -121,8 +135,14 @@ class Stage:
 
     @contextmanager
     def recomputing(self) -> Iterator[None]:
-        """Undo what happens to the buffers in the block. Local."""
-        copies = [(buffer, buffer.clone()) for buffer in self._changing or ()]
+        """Give the layers copies of the buffers that they change, for the block. Local.
+
+        To put the old contents back instead would look to autograd like a change of what it has saved.
+        """
+        originals = [(home, name, home[name]) for home, name in self._changing or ()]
+        copies = {id(buffer): buffer.clone() for _, _, buffer in originals}
+        for home, name, buffer in originals:
+            home[name] = copies[id(buffer)]
         for layer in self._deferred:
             layer.is_recomputing = True
         try:
@@ -130,18 +150,22 @@ class Stage:
         finally:
             for layer in self._deferred:
                 layer.is_recomputing = False
-            with torch.no_grad():
-                for buffer, copy in copies:
-                    buffer.copy_(copy)
+            for home, name, buffer in originals:
+                home[name] = buffer
 
     def forget(self) -> None:
         """Look again which buffers change: the layers' modes are others now. Local."""
         self._changing = None
 
-    def _watch_buffers(self) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
+    def _watch_buffers(self) -> list[tuple[_Home, str, torch.Tensor, torch.Tensor]] | None:
         if self._changing is not None:
             return None
-        return [(buffer, buffer.clone()) for layer in self.layers for buffer in layer.buffers()]
+        return [(home, name, home[name], home[name].clone()) for home, name in self._places()]
+
+    def _places(self) -> list[_Place]:
+        """Where the buffers are, for a layer may put a new tensor in the place of one; each once."""
+        homes = {id(m._buffers): m._buffers for layer in self.layers for m in layer.modules()}
+        return [(home, name) for home in homes.values() for name in home if home[name] is not None]
 
 
 class _StageTracker(SkipTracker):

@@ -135,7 +135,8 @@ class StateOfStages:
             if head is None:
                 result[key] = rest[key]
             elif self._comm.rank == root:
-                result[key] = entries[key]
+                # A copy, as all other ranks get one: a state must not change in part when training goes on.
+                result[key] = entries[key].detach().to("cpu", copy=True)
             else:
                 result[key] = torch.empty(head[0], dtype=head[1])
         tensors = [result[key] for key, head in heads.items() if head is not None]
