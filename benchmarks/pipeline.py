@@ -93,7 +93,7 @@ def main() -> None:
 def make_parser() -> argparse.ArgumentParser:
     """The command line. **Local.**"""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    add_common_options(parser, repetitions=9)
+    add_common_options(parser, repetitions=7)
     parser.add_argument("--model", choices=[*WORKLOAD_NAMES, "both"], default="both", help="default both")
     parser.add_argument(
         "--warmup",

@@ -126,6 +126,7 @@ class Runtime:
         while self._pending:
             self._run(self._choose() or self._wait_for_work())
         self._end(step)
+        del self._step  # and with it the batch and the output
 
     def stats(self) -> PipelineStats:
         """What steps have cost on this rank so far. Local."""
