@@ -27,7 +27,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from hpcpar.comm import TensorSpec
 from hpcpar.errors import HpcparError
-from hpcpar.nn.pipeline.backward import DeferredWeights, backward_inputs, backward_whole
+from hpcpar.nn.pipeline.backward import DeferredWeights, backward_inputs, backward_whole, separate, storages
 from hpcpar.nn.pipeline.label import Label, Parcel, pack
 from hpcpar.nn.pipeline.randomness import Contexts, without_autocast
 from hpcpar.nn.pipeline.stage import Stage
@@ -76,11 +76,9 @@ class Activation:
         self._checkpoint = checkpoint
         self._device = device
         self._contexts = Contexts.capture(device) if checkpoint else None
-        self._leaves = [
-            [t for t, wanted in zip(p.tensors, p.label.wants_gradient, strict=True) if wanted]
-            for p in incoming
-        ]
+        self._leaves = self._mark(incoming)
         self._versions: list[int] = []
+        self._sent: set[int] = set()
         self._roots: list[list[GradientEdge]] | None = None
         self._deferred: DeferredWeights | None = None
         self.gradient_specs: list[list[TensorSpec]] = []
@@ -116,9 +114,6 @@ class Activation:
             self._roots = [[] for _ in self._stage.plan.outgoing]
             self.gradient_specs = [[] for _ in self._stage.plan.outgoing]
             return [Parcel(self._incoming[0].label, []) for _ in self._stage.plan.outgoing], None
-        for leaves in self._leaves:
-            for leaf in leaves:
-                leaf.requires_grad_()
         kind, flags = None, None
         if self._checkpoint:
             kind = tuple(parcel.label for parcel in self._incoming)
@@ -165,6 +160,11 @@ class Activation:
                 f"the inputs of a checkpointed stage must not be changed in place, got a change in stage "
                 f"{self._stage.plan.index}. Use checkpoint='never', or layers that do not work in place"
             )
+        # Leaves of their own: hooks that the first computation has set on its inputs must not act twice. Not
+        # for the batch, which may be a part of a leaf of the user's.
+        if self._stage.plan.incoming:
+            self._incoming = [Parcel(p.label, [t.detach() for t in p.tensors]) for p in self._incoming]
+        self._leaves = self._mark(self._incoming)
         assert self._contexts is not None  # only a checkpointed forward leaves anything to compute again
         with torch.enable_grad(), self._contexts.restored(), self._stage.recomputing():
             outputs, _, loss = self._compute(self._stage.overwrites_input)
@@ -173,17 +173,22 @@ class Activation:
 
     def backward(self, gradients: Sequence[Gradients]) -> list[Gradients]:
         """Run the whole backward; returns the gradients of the inputs, per incoming edge. Local."""
+        fresh = self._stage.without_gradient()
         with without_autocast(self._device):
             backward_whole(*self._start(gradients))
         results = [[leaf.grad for leaf in leaves] for leaves in self._leaves]
+        separate(fresh, storages(gradient for some in results for gradient in some))
         self._leaves = []
         return results
 
     def backward_inputs(self, gradients: Sequence[Gradients]) -> list[Gradients]:
         """Compute the gradients of the inputs only. Local."""
         leaves = [leaf for leaves in self._leaves for leaf in leaves]
+        fresh = self._stage.without_gradient()
         with without_autocast(self._device):
             found, self._deferred = backward_inputs(*self._start(gradients), leaves)
+        self._sent = storages(found)
+        separate(fresh, self._sent)
         rest = iter(found)
         results = [[next(rest) for _ in leaves] for leaves in self._leaves]
         self._leaves = []
@@ -191,12 +196,26 @@ class Activation:
 
     def backward_weights(self) -> None:
         """Compute the gradients of the parameters that :meth:`backward_inputs` has left. Local."""
+        fresh = self._stage.without_gradient()
         if self._deferred is not None:
             with without_autocast(self._device):
                 self._deferred.run()
+        separate(fresh, self._sent)
         self._deferred = None
 
     # Parts -----------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _mark(parcels: Sequence[Parcel]) -> list[list[torch.Tensor]]:
+        """Make leaves of the inputs that want a gradient; returns them per edge."""
+        return [
+            [
+                t.requires_grad_()
+                for t, wanted in zip(p.tensors, p.label.wants_gradient, strict=True)
+                if wanted
+            ]
+            for p in parcels
+        ]
 
     def _compute(
         self, copy_input: bool

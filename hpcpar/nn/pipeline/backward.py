@@ -25,12 +25,14 @@ allow no partial run at all; then I is the whole backward and W has nothing left
 
 A stage whose inputs need no gradient, such as the first, has an empty R: all of its backward is W.
 
-Hooks that a model registers on its own intermediate tensors run in I and again in W.
+Hooks that a model registers on its own intermediate tensors run in I and again in W; those that change the
+gradient would do so twice for the weights. What nodes do in W costs a walk through the graph below each of
+them, so stages of hundreds of tiny layers are better off with an undivided backward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,7 +41,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
-__all__ = ["DeferredWeights", "backward_inputs", "backward_whole"]
+__all__ = ["DeferredWeights", "backward_inputs", "backward_whole", "separate", "storages"]
 
 Edge = tuple[Node, int]
 """A node and the number of its input at which a gradient arrives."""
@@ -49,6 +51,23 @@ def backward_whole(roots: Sequence[GradientEdge], gradients: Sequence[torch.Tens
     """Run autograd from ``roots``; gradients accumulate in the leaves' ``.grad``. Local."""
     if roots:
         torch.autograd.backward(list(roots), list(gradients))
+
+
+def storages(tensors: Iterable[torch.Tensor | None]) -> set[int]:
+    """The memory of dense tensors, to be recognised. Local."""
+    return {t.untyped_storage().data_ptr() for t in tensors if t is not None and t.layout is torch.strided}
+
+
+def separate(parameters: Iterable[torch.Tensor], others: set[int]) -> None:
+    """Give gradients that share memory with something else memory of their own. Local.
+
+    Autograd makes the gradient that it computed the ``.grad`` of a parameter, without a copy, when nobody
+    else holds that tensor. It does not see another tensor on the same memory, such as the gradient of an
+    input in ``x.view(n) + p.view(n)``; that one is being sent while the next microbatch adds to ``.grad``.
+    """
+    for parameter in parameters:
+        if parameter.grad is not None and storages([parameter.grad]) & others:
+            parameter.grad = parameter.grad.clone()
 
 
 class DeferredWeights:
@@ -156,7 +175,9 @@ class _Graph:
         self._order = _postorder([root.node for root in roots])
         self.is_indivisible = any(node.name() == "CheckpointFunctionBackward" for node in self._order)
         self._reaching: set[Node] = set()
-        self._parameters: dict[Node, frozenset[Node]] = {}
+        # Sets of parameters as bits: the sets of all nodes together would be quadratic in their number.
+        self._leaves: list[Node] = []
+        self._parameters: dict[Node, int] = {}
         for node in self._order:
             self._classify(node)
         parents: dict[Node, set[Node | None]] = {}
@@ -167,10 +188,10 @@ class _Graph:
             if root.node not in self._reaching and self._parameters[root.node]:
                 parents.setdefault(root.node, set()).add(None)
         self._settled = _settle(parents, self._parameters)
-        self.settled = [_variable(node) for node in self._settled]
+        self.settled = self._members(self._settled)
         self.boundaries: dict[Node, list[Node]] = {}
         for child, nodes in parents.items():
-            if not self._parameters[child] <= self._settled:
+            if self._parameters[child] & ~self._settled:
                 for parent in nodes:
                     if parent is not None:
                         self.boundaries.setdefault(parent, []).append(child)
@@ -180,14 +201,24 @@ class _Graph:
 
     def leaves_of(self, nodes: Sequence[Node]) -> list[torch.Tensor]:
         """The parameters below ``nodes`` that are left to W."""
-        below = frozenset().union(*(self._parameters[node] for node in nodes))
-        return [_variable(node) for node in below - self._settled]
+        below = 0
+        for node in nodes:
+            below |= self._parameters[node]
+        return self._members(below & ~self._settled)
+
+    def _members(self, bits: int) -> list[torch.Tensor]:
+        members = []
+        while bits:
+            lowest = bits & -bits
+            members.append(_variable(self._leaves[lowest.bit_length() - 1]))
+            bits ^= lowest
+        return members
 
     def _is_live(self, node: Node) -> bool:
         return node in self._reaching or bool(self._parameters[node] & self._settled)
 
     def _is_deferred(self, node: Node) -> bool:
-        return node not in self._reaching and bool(self._parameters[node] - self._settled)
+        return node not in self._reaching and bool(self._parameters[node] & ~self._settled)
 
     def _classify(self, node: Node) -> None:
         """Children come first, so their verdicts are known."""
@@ -196,9 +227,13 @@ class _Graph:
             self._reaching.add(node)
         is_custom = isinstance(node, torch.autograd.function.BackwardCFunction)  # may have any attribute
         if node not in self._inputs and hasattr(node, "variable") and not is_custom:
-            self._parameters[node] = frozenset((node,))
+            self._parameters[node] = 1 << len(self._leaves)
+            self._leaves.append(node)
         else:
-            self._parameters[node] = frozenset().union(*(self._parameters[child] for child in children))
+            bits = 0
+            for child in children:
+                bits |= self._parameters[child]
+            self._parameters[node] = bits
 
     def _outward(self, node: Node) -> set[Node]:
         return {
@@ -208,10 +243,9 @@ class _Graph:
         }
 
 
-def _settle(parents: dict[Node, set[Node | None]], parameters: dict[Node, frozenset[Node]]) -> set[Node]:
+def _settle(parents: dict[Node, set[Node | None]], parameters: dict[Node, int]) -> int:
     """Parameters that are reached over several boundary edges, or behind a Python function."""
-    seen: set[Node] = set()
-    settled: set[Node] = set()
+    seen = settled = 0
     for child, above in parents.items():
         below = parameters[child]
         is_python = any(isinstance(node, torch.autograd.function.BackwardCFunction) for node in above)

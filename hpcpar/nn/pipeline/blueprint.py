@@ -21,10 +21,11 @@ from hpcpar.nn.pipeline.layers import Layers
 from hpcpar.nn.pipeline.partition import balance_layers, check_balance
 from hpcpar.nn.pipeline.plan import PipelinePlan, make_plan
 from hpcpar.nn.pipeline.profile import profile_layers
-from hpcpar.nn.pipeline.schedule import Schedule
+from hpcpar.nn.pipeline.schedule import Schedule, messages
 from hpcpar.nn.pipeline.simulate import simulate
 from hpcpar.nn.pipeline.skip import check_skips, pop_names, stash_names
 from hpcpar.nn.pipeline.step import CHECKPOINT_MODES, LOSS_REDUCTIONS
+from hpcpar.nn.progress_trial import PROGRESS_CHOICES
 
 if TYPE_CHECKING:
     from hpcpar.comm import Communicator
@@ -34,7 +35,6 @@ __all__ = ["Blueprint", "agree", "check_options"]
 T = TypeVar("T")
 
 REUSE_MODES = ("route", "replicate")
-PROGRESS_MODES = ("none", "thread", "auto")
 
 
 @dataclass(frozen=True)
@@ -64,29 +64,39 @@ class Blueprint:
         layers: Layers,
         comm: Communicator,
         *,
-        microbatches: int,
-        schedule: str | Schedule,
-        balance: str | Sequence[int] | None,
-        chunks: int,
+        options: dict[str, Any],
         sample_input: Any,
-        options: dict[str, object],
     ) -> Blueprint:
-        """Draw it on this rank. Local."""
-        if isinstance(schedule, Schedule):
-            schedule.check(ranks=comm.size, microbatches=microbatches)
-            simulate(schedule)  # finds dead-locks
-        elif isinstance(schedule, str):
-            schedule = build_schedule(schedule, comm.size, microbatches, chunks)
-        else:
-            raise ScheduleError(f"schedule must be a name or a Schedule, got {type(schedule).__name__}")
+        """Draw it on this rank. Local.
+
+        Parameters
+        ----------
+        layers
+            The model.
+        comm
+            The ranks of the pipeline.
+        options
+            The arguments of :class:`~hpcpar.nn.Pipeline` that must be the same on all ranks.
+        sample_input
+            With which rank 0 measures, for ``balance="time"``.
+
+        Raises
+        ------
+        MismatchError, ScheduleError
+            For options that do not fit together.
+        """
+        check_options(options)
+        schedule = _choose_schedule(comm.size, options)
+        balance = options["balance"]
         counts = _choose_balance(layers, schedule.stages, balance, sample_input, measures=comm.rank == 0)
-        lines = [f"microbatches={microbatches}", f"chunks={chunks}"]
-        lines += [f"{name}={value!r}" for name, value in options.items()]
+        lines = [
+            f"{name}={value!r}" for name, value in options.items() if name not in ("schedule", "balance")
+        ]
         lines += [f"layer {name}: {layers.describe(index)}" for index, name in enumerate(layers.names)]
         lines += [
             f"schedule of rank {r}: {' '.join(map(str, row))}" for r, row in enumerate(schedule.actions)
         ]
-        lines.append(f"balance={'time' if balance == 'time' else counts}")
+        lines.append(f"balance={'time' if isinstance(balance, str) else counts}")
         return cls(schedule, tuple(counts), torch.initial_seed() & (2**63 - 1), tuple(lines))
 
     def adopted_by_all(self, comm: Communicator) -> Blueprint:
@@ -112,14 +122,25 @@ class Blueprint:
 
     def plan(self, layers: Layers, reuse: str) -> PipelinePlan:
         """Where each layer goes and what travels. Local."""
-        sketches = [layers.sketch(index) for index in range(len(layers))]
-        skips = check_skips([(stash_names(sketch), pop_names(sketch)) for sketch in sketches])
+        names = []
+        for index in range(len(layers)):
+            sketch = layers.sketch(index)  # one at a time: a spec may have to be built for it
+            names.append((stash_names(sketch), pop_names(sketch)))
+        skips = check_skips(names)
         tied = layers.tied_groups() if reuse == "route" else []
         return make_plan(self.schedule, self.balance, tied, skips)
 
 
-def agree(comm: Communicator, attempt: Callable[[], T]) -> T:
+def agree(groups: Sequence[Communicator], attempt: Callable[[], T]) -> T:
     """Do something on every rank that may fail on some; then it fails on all. Collective.
+
+    Parameters
+    ----------
+    groups
+        The ranks of the pipeline, and the replicas of this rank's stages, if any. A failure in one replica
+        reaches each rank of the others over the latter.
+    attempt
+        What to do. It may be collective over one of the groups if it fails on all of its ranks or on none.
 
     Raises
     ------
@@ -132,30 +153,51 @@ def agree(comm: Communicator, attempt: Callable[[], T]) -> T:
         result.append(attempt())
     except Exception as error:
         problem = error
-    texts = comm.allgather(None if problem is None else f"{type(problem).__name__}: {problem}")
+    text = None
+    if problem is not None:
+        text = f"{type(problem).__name__} on rank {groups[0].rank}: {problem}"
+    for group in groups:
+        text = next((other for other in group.allgather(text) if other is not None), None)
     if problem is not None:
         raise problem
-    for rank, text in enumerate(texts):
-        if text is not None:
-            raise MismatchError(f"a pipeline must be possible on all ranks, got on rank {rank}: {text}")
+    if text is not None:
+        raise MismatchError(f"a pipeline must be possible on all ranks, got {text}")
     return result[0]
 
 
-def check_options(
-    microbatches: object, checkpoint: object, reuse: object, loss_reduction: object, progress: object
-) -> None:
+def check_options(options: dict[str, Any]) -> None:
     """Raise for an option that is none of the choices. Local."""
-    if type(microbatches) is not int or microbatches < 1:
+    microbatches = options["microbatches"]
+    if isinstance(microbatches, bool) or not isinstance(microbatches, int) or microbatches < 1:
         raise MismatchError(f"microbatches must be a positive integer, got {microbatches!r}")
-    choices: dict[str, tuple[object, Sequence[str]]] = {
-        "checkpoint": (checkpoint, list(CHECKPOINT_MODES)),
-        "reuse": (reuse, REUSE_MODES),
-        "loss_reduction": (loss_reduction, LOSS_REDUCTIONS),
-        "progress": (progress, PROGRESS_MODES),
+    choices: dict[str, Sequence[str]] = {
+        "checkpoint": list(CHECKPOINT_MODES),
+        "reuse": REUSE_MODES,
+        "loss_reduction": LOSS_REDUCTIONS,
+        "progress": PROGRESS_CHOICES,
     }
-    for name, (value, allowed) in choices.items():
-        if value not in allowed:
-            raise MismatchError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    for name, allowed in choices.items():
+        if options[name] not in allowed:
+            raise MismatchError(
+                f"{name} must be one of {', '.join(map(repr, allowed))}, got {options[name]!r}"
+            )
+
+
+def _choose_schedule(ranks: int, options: dict[str, Any]) -> Schedule:
+    schedule, microbatches, chunks = options["schedule"], options["microbatches"], options["chunks"]
+    if isinstance(schedule, str):
+        return build_schedule(schedule, ranks, microbatches, chunks)
+    if not isinstance(schedule, Schedule):
+        raise ScheduleError(f"schedule must be a name or a Schedule, got {type(schedule).__name__}")
+    schedule.check(ranks=ranks, microbatches=microbatches)
+    messages(schedule)  # each receive has its send
+    simulate(schedule)  # and nobody waits for ever
+    if chunks != 1 and chunks * ranks != schedule.stages:
+        raise ScheduleError(
+            f"chunks must be what the schedule has, got {chunks} for {schedule.stages} stages on {ranks} "
+            "ranks. Leave it out"
+        )
+    return schedule
 
 
 def _choose_balance(

@@ -199,6 +199,7 @@ class Layers:
         self._built: dict[LayerSpec, nn.Module] = {}
         self._uses: dict[SpecUse, Use] = {}
         self._counts: dict[LayerSpec, int] = {}
+        self._owners: dict[int, int] | None = None
 
     def __len__(self) -> int:
         return len(self.items)
@@ -218,6 +219,27 @@ class Layers:
                 self._uses[item] = Use(self._build_spec(item.spec), item.function)
             return self._uses[item]
         return self._build_spec(item)
+
+    def first_use(self, index: int) -> int:
+        """The first layer that is the same module or is built from the same spec. Local."""
+        spec, item = self.spec(index), self.items[index]
+        return next(
+            other
+            for other in range(len(self))
+            if self.items[other] is item or (spec and self.spec(other) is spec)
+        )
+
+    def visible_parameters(self, index: int) -> list[nn.Parameter]:
+        """Parameters of layer ``index`` that every rank has: a module's, or those in a spec's arguments."""
+        spec = self.spec(index)
+        sources = [self.items[index]] if spec is None else [*spec.args, *spec.kwargs.values()]
+        found: dict[int, nn.Parameter] = {}
+        for source in sources:
+            if isinstance(source, nn.Module):
+                found.update((id(parameter), parameter) for parameter in source.parameters())
+            elif isinstance(source, nn.Parameter):
+                found[id(source)] = source
+        return list(found.values())
 
     def is_built(self, index: int) -> bool:
         """Whether the module of layer ``index`` exists on this process. Local."""
@@ -290,13 +312,17 @@ class Layers:
                     self._built[spec] if self.is_built(index) else spec.sketch(), set()
                 )
             return self._counts[spec]
-        seen = {
+        if self._owners is None:
+            self._owners = {}
+            for place, item in enumerate(self.items):
+                for parameter in item.parameters() if isinstance(item, nn.Module) else ():
+                    self._owners.setdefault(id(parameter), place)
+        elsewhere = {
             id(parameter)
-            for item in self.items[:index]
-            if isinstance(item, nn.Module)
-            for parameter in item.parameters()
+            for parameter in self.build(index).parameters()
+            if self._owners[id(parameter)] < index
         }
-        return _count(self.build(index), seen)
+        return _count(self.build(index), elsewhere)
 
     def _build_spec(self, spec: LayerSpec) -> nn.Module:
         if spec not in self._built:

@@ -7,16 +7,18 @@ What concerns all stages (complete states, the norm of all gradients) is collect
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from hpcpar.errors import MismatchError
 from hpcpar.nn.pipeline.state import StateOfStages
 
 if TYPE_CHECKING:
-    from hpcpar.comm import Communicator
+    from hpcpar.comm import Alarm, Communicator
 
 __all__ = ["PipelineModule"]
 
@@ -32,6 +34,7 @@ class PipelineModule(nn.Module):
 
     _comm: Communicator
     _state: StateOfStages
+    _alarm: Alarm
     _placeholder: nn.Parameter
     _later_copies: Set[int]
     device: torch.device
@@ -42,18 +45,29 @@ class PipelineModule(nn.Module):
         self.__dict__["_placeholder"] = nn.Parameter(torch.empty(0))
         self.layers = nn.Module()
 
-    def _open_state(self, order: tuple[str, ...], later_copies: Set[int]) -> None:
+    def _open_state(
+        self,
+        order: tuple[str, ...],
+        copies: Sequence[tuple[Communicator, Sequence[nn.Parameter]]],
+        later_copies: Set[int],
+    ) -> None:
         """After the layers have been registered. Collective.
 
         Parameters
         ----------
         order
             Names of all layers of the model.
+        copies
+            Parameters that other ranks have, too, with these ranks.
         later_copies
             Identities of the parameters that an earlier rank has, too.
         """
-        self._state = StateOfStages(self.layers, self._comm, order, self._placeholder)
+        self._state = StateOfStages(self.layers, self._comm, order, copies, self._placeholder)
         self._later_copies = later_copies
+
+    def _listening(self) -> AbstractContextManager[None]:
+        """Around a collective: hear that another rank has failed."""
+        return self._alarm.armed()
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
@@ -67,12 +81,14 @@ class PipelineModule(nn.Module):
         counted = [
             p.grad for p in self.layers.parameters() if p.grad is not None and id(p) not in self._later_copies
         ]
-        norm = torch.nn.utils.get_total_norm(counted, norm_type).double().cpu()
-        if norm_type == float("inf"):
-            norm = torch.tensor(max(self._comm.allgather(float(norm))), dtype=torch.float64)
-        else:
-            powers = self._comm.allgather(float(norm) ** norm_type)  # summed in one order on all ranks
-            norm = torch.tensor(sum(powers) ** (1.0 / norm_type), dtype=torch.float64)
+        own = float(torch.nn.utils.get_total_norm(counted, norm_type))
+        with self._listening():
+            norms = self._comm.allgather(own)
+        # Combined in one order on all ranks, so that all scale by the same number.
+        total = (
+            max(norms) if norm_type == float("inf") else sum(n**norm_type for n in norms) ** (1 / norm_type)
+        )
+        norm = torch.tensor(total, dtype=torch.float64)
         torch.nn.utils.clip_grads_with_norm_(self.layers.parameters(), max_norm, norm.to(self.device))
         return norm
 
@@ -86,10 +102,13 @@ class PipelineModule(nn.Module):
 
         Notes
         -----
-        With ``destination`` or ``prefix``, as other modules call it, it is local.
+        With any other argument, as other modules call it, it is local.
         """
         local = self.layers.state_dict(*args, **kwargs)
-        return local if args or "destination" in kwargs or not full else self._state.gather(local)
+        if args or kwargs or not full:
+            return local
+        with self._listening():
+            return self._state.gather(local)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
@@ -100,8 +119,11 @@ class PipelineModule(nn.Module):
         ------
         MismatchError
             With ``strict``, when names of this rank are missing or the state has names that no stage knows.
+            With ``assign``: a pipeline keeps its parameters, to which reductions and optimizers hold.
         """
-        return self._state.load(state_dict, strict=strict, assign=assign)
+        if assign:
+            raise MismatchError("load_state_dict of a pipeline must copy, got assign=True")
+        return self._state.load(state_dict, strict=strict)
 
     def optimizer_state_dict(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """The state of every rank's optimizer by parameter names of the unsplit model. Collective.
@@ -111,7 +133,8 @@ class PipelineModule(nn.Module):
         dict
             ``"state"``: name to state; ``"param_groups"``: options and ``"params"``, a list of names.
         """
-        return self._state.gather_optimizer(optimizer)
+        with self._listening():
+            return self._state.gather_optimizer(optimizer)
 
     def load_optimizer_state_dict(self, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
         """Take this rank's part of what :meth:`optimizer_state_dict` returned, on any number of ranks.

@@ -31,17 +31,12 @@ from torch import nn
 from hpcpar.comm import MPI, Alarm, world
 from hpcpar.errors import CommunicatorFreedError, HpcparError, RankFailedError
 from hpcpar.nn.data_parallel import broadcast_packed
-from hpcpar.nn.gradient_reduction import ReductionOptions
-from hpcpar.nn.model_signature import check_same_model
-from hpcpar.nn.pipeline.batch_norm import convert_deferred_batch_norm
-from hpcpar.nn.pipeline.blueprint import Blueprint, agree, check_options
-from hpcpar.nn.pipeline.layers import Layers, LayerSpec
+from hpcpar.nn.pipeline.assembly import Assembly, assemble
+from hpcpar.nn.pipeline.layers import LayerSpec
 from hpcpar.nn.pipeline.mail import broadcast_value
 from hpcpar.nn.pipeline.microbatch import Microbatch, split
 from hpcpar.nn.pipeline.module import PipelineModule
-from hpcpar.nn.pipeline.randomness import LayerSeeds, mix
 from hpcpar.nn.pipeline.recorder import PipelineStats
-from hpcpar.nn.pipeline.reductions import PipelineReductions
 from hpcpar.nn.pipeline.runtime import Runtime
 from hpcpar.nn.pipeline.schedule import Schedule
 from hpcpar.nn.pipeline.stage import Stage
@@ -96,8 +91,8 @@ class Pipeline(PipelineModule):
     bucket_mb, wire_dtype, transport
         Of the reduction over ``data_comm``, as in :class:`hpcpar.nn.DataParallel`.
     progress
-        ``"none"``, ``"thread"``: whether a thread moves messages on while a stage computes. ``"auto"``
-        measures it in the first steps where ranks have more than one core.
+        ``"hooks"``: messages move on between actions. ``"thread"``: a thread moves them on while a stage
+        computes, too. ``"auto"`` measures it in the first steps where ranks have more than one core.
 
     Raises
     ------
@@ -143,82 +138,43 @@ class Pipeline(PipelineModule):
         self._data = None if data_comm is None or data_comm.size == 1 else data_comm.Dup()
         self._loss_fn, self._checkpoint = loss_fn, checkpoint
         self._loss_reduction, self._microbatches = loss_reduction, microbatches
-
-        def draw() -> tuple[Layers, Blueprint, ReductionOptions]:
-            check_options(microbatches, checkpoint, reuse, loss_reduction, progress)
-            layers = Layers(module)
-            options = {"checkpoint": checkpoint, "reuse": reuse, "deferred_batch_norm": deferred_batch_norm}
-            drawn = Blueprint.draw(
-                layers,
-                self._comm,
-                microbatches=microbatches,
-                schedule=schedule,
-                balance=balance,
-                chunks=chunks,
-                sample_input=sample_input,
-                options={**options, "loss_reduction": loss_reduction, "data_comm": data_comm is not None},
-            )
-            reduction = ReductionOptions(
-                bucket_mb=bucket_mb,
-                blocking=False,
-                wire_dtype=wire_dtype,
-                transport=transport,
-                progress="hooks",
-            )
-            return layers, drawn, reduction
-
+        options = {
+            "microbatches": microbatches,
+            "schedule": schedule,
+            "balance": balance,
+            "checkpoint": checkpoint,
+            "reuse": reuse,
+            "deferred_batch_norm": deferred_batch_norm,
+            "chunks": chunks,
+            "loss_reduction": loss_reduction,
+            "bucket_mb": bucket_mb,
+            "wire_dtype": wire_dtype,
+            "transport": transport,
+            "progress": progress,
+        }
         try:
-            layers, blueprint, reduction = agree(self._comm, draw)
-            self._blueprint = blueprint.adopted_by_all(self._comm)
-            self.plan = agree(self._comm, lambda: self._blueprint.plan(layers, reuse))
-            stages = agree(self._comm, lambda: self._build(layers, device, deferred_batch_norm))
+            parts = assemble(
+                module,
+                self._comm,
+                self._data,
+                self.layers,
+                options=options,
+                device=device,
+                sample_input=sample_input,
+            )
         except Exception:
             self._free_communicators()  # all ranks are here, whatever was wrong on one of them
             raise
-        self._join_ranks(layers, stages, reduction, progress)
+        self._adopt(parts, progress)
 
-    def _build(
-        self, layers: Layers, device: torch.device | str | None, deferred_batch_norm: bool
-    ) -> dict[int, Stage]:
-        """Build the layers of this rank. Local."""
-        container, converted = self.layers, dict[int, nn.Module]()
-        mine = [stage for stage in self.plan.stages if stage.rank == self._comm.rank]
-        for stage in mine:
-            for index in stage.layers:
-                layer = layers.build(index)
-                if deferred_batch_norm:
-                    if id(layer) not in converted:  # a layer may come twice
-                        converted[id(layer)] = convert_deferred_batch_norm(layer)
-                    layer = converted[id(layer)]
-                # Not add_module: a layer may have the name of one of the container's attributes.
-                container._modules[layers.names[index]] = layer if device is None else layer.to(device)
-        parameter = next(container.parameters(), None)
-        self.device = torch.device(device or ("cpu" if parameter is None else parameter.device))
-        replica = 0 if self._data is None else self._data.rank
-        self._seeds = LayerSeeds(mix(self._blueprint.seed, replica), self.device)
-        return {
-            stage.index: Stage(
-                stage,
-                [container._modules[layers.names[i]] for i in stage.layers],  # type: ignore[misc]
-                [layers.names[i] for i in stage.layers],
-                self._seeds,
-            )
-            for stage in mine
-        }
-
-    def _join_ranks(
-        self, layers: Layers, stages: dict[int, Stage], options: ReductionOptions, progress: str
-    ) -> None:
-        """Everything that needs the other ranks. Collective."""
-        self._stages = stages
-        if self._data is not None:
-            check_same_model(self.layers, self._data, {"plan": self.plan.describe(), **vars(options)})
-            broadcast_packed([*self.layers.parameters(), *self.layers.buffers()], self._data, 0)
-        self._reductions = PipelineReductions(layers, self.plan, stages, self._comm, self._data, options)
+    def _adopt(self, parts: Assembly, progress: str) -> None:
+        """Take over the parts, and prepare to run. Collective."""
+        self.plan, self.device, self._balance = parts.plan, parts.device, parts.balance
+        self._stages, self._seeds, self._reductions = parts.stages, parts.seeds, parts.reductions
         self._alarm = Alarm([self._comm] if self._data is None else [self._comm, self._data])
-        self._runtime = Runtime(self.plan, stages, self._comm, self.device, _groups(stages))
+        self._runtime = Runtime(self.plan, self._stages, self._comm, self.device, _groups(self._stages))
         self._runtime.choose_progress(progress)
-        self._open_state(layers.names, self._reductions.later_copies)
+        self._open_state(parts.names, self._reductions.copies, self._reductions.later_copies)
         self._broken: BaseException | None = None
         self._freed = False
 
@@ -257,10 +213,11 @@ class Pipeline(PipelineModule):
         with self._guarded():
             step = self._step(inputs, targets, training=True, scale=scale)
             self._reductions.begin()
-            self._seeds.step += 1
+            self._seeds.begin(training=True)
             with torch.enable_grad():
                 self._runtime.run(step)
-            self._reductions.finish()
+            with self._runtime.recorder.waiting("reduce"):
+                self._reductions.finish()
             for stage in self._stages.values():
                 stage.end_step(self._data)
             self._synchronize_buffers()
@@ -292,7 +249,10 @@ class Pipeline(PipelineModule):
         """
         with self._guarded():
             step = self._step(inputs, targets, training=False, scale=1.0)
+            self._seeds.begin(training=False)
             self._runtime.run(step)
+            for stage in self._stages.values():
+                stage.end_step(None)  # replicas evaluate independently
             output = step.joined_output() if self.is_last else None
             if broadcast_output:
                 output = broadcast_value(output, self._comm, self.plan.last_rank, self.device)
@@ -332,7 +292,7 @@ class Pipeline(PipelineModule):
     @property
     def balance(self) -> list[int]:
         """Layers of each stage of the schedule that was asked for. Local."""
-        return list(self._blueprint.balance)
+        return list(self._balance)
 
     def extra_repr(self) -> str:
         """What ``print`` shows besides the layers. Local."""
@@ -353,8 +313,18 @@ class Pipeline(PipelineModule):
         callable
             Returns the timeline of all ranks; Collective. To be called after the block, or in it.
         """
-        with self._runtime.recorder.tracing():
-            yield self._runtime.recorder.timeline
+        recorder = self._runtime.recorder
+
+        def timeline() -> Timeline:
+            with self._listening():
+                return recorder.timeline()
+
+        with self._listening():
+            recorder.start()
+        try:
+            yield timeline
+        finally:
+            recorder.stop()
 
     def free(self) -> None:
         """Give communicators and shared memory back; a second call is fine. Collective.
@@ -430,7 +400,8 @@ class Pipeline(PipelineModule):
             with self._alarm.armed():
                 yield
         except BaseException as error:
-            self._broken = error
+            if self._comm.size > 1 or self._data is not None:
+                self._broken = error
             where = f"stages {list(self._stages)} of the pipeline"
             self._alarm.sound(f"{where}: {''.join(traceback.format_exception(error))}")
             self._runtime.abandon()

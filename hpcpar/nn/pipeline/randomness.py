@@ -73,7 +73,13 @@ class LayerSeeds:
         self._seed = seed
         self._device = device
         self._draws: dict[int, bool] = {}
-        self.step = 0
+        self._steps = {True: 0, False: 0}
+        self._training = True
+
+    def begin(self, *, training: bool) -> None:
+        """Count a step, those of training apart: evaluating must not change what training draws. Local."""
+        self._training = training
+        self._steps[training] += 1
 
     def call(self, number: int, layer: nn.Module, microbatch: int, value: Any) -> Any:
         """``layer(value)``, with the random numbers of layer ``number`` for this microbatch. Local."""
@@ -84,7 +90,9 @@ class LayerSeeds:
     def seeded(self, number: int, microbatch: int, function: Callable[..., Any], *args: Any) -> Any:
         """``function(*args)``, with random numbers of its own for this microbatch. Local."""
         before = self._states()
-        self._seed_generators(mix(self._seed, self.step, microbatch, number))
+        self._seed_generators(
+            mix(self._seed, self._training, self._steps[self._training], microbatch, number)
+        )
         try:
             return function(*args)
         finally:

@@ -82,14 +82,22 @@ class Recorder:
             self._spans.append(Span(self._comm.rank, start_s, end_s, label, kind, stage, microbatch))
 
     @contextmanager
-    def tracing(self) -> Iterator[None]:
-        """Note spans in the block. Collective to enter: the ranks meet, which aligns their clocks."""
+    def waiting(self, kind: str) -> Iterator[None]:
+        """The block does nothing but wait for other ranks. Local."""
+        start = time.perf_counter()
+        yield
+        end = time.perf_counter()
+        self.waited_s += end - start
+        self.note(start, end, kind, kind)
+
+    def start(self) -> None:
+        """Note spans from now on. Collective: the ranks meet, which aligns their clocks."""
         self._comm.Barrier()
         self._spans, self._origin_s, self.is_tracing = [], time.perf_counter(), True
-        try:
-            yield
-        finally:
-            self.is_tracing = False
+
+    def stop(self) -> None:
+        """Note nothing more; what was noted stays. Local."""
+        self.is_tracing = False
 
     def timeline(self) -> Timeline:
         """What all ranks have noted in the last trace, in seconds from its start. Collective."""

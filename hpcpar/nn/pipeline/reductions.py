@@ -67,29 +67,57 @@ class PipelineReductions:
         options: ReductionOptions,
     ) -> None:
         self.synchronize = True
+        self._names = _names_of(layers, stages)
+        self._stages = stages
+        self._data = data_comm if data_comm is not None and data_comm.size > 1 else None
+        self._options = options
         self._copies: list[_Copies] = []
-        names = _names_of(layers, stages)
         for ranks, parameters in _copied_parameters(layers, plan, comm.rank):
             group = comm.Split(0 if comm.rank in ranks else MPI.UNDEFINED, comm.rank)
             if group is not None:
-                self._copies.append(_Copies(group, [(names[id(p)], p) for p in parameters], options))
+                self._copies.append(_Copies(group, parameters))
         self._of_stage: dict[int, GradientReduction] = {}
         self._of_several: list[GradientReduction] = []
-        if data_comm is not None and data_comm.size > 1:
-            for owner, some in _by_owner(stages).items():
-                reduction = GradientReduction([(names[id(p)], p) for p in some], [], dict, data_comm, options)
-                _let_owner_end(reduction)
-                if owner is None:
-                    self._of_several.append(reduction)
-                else:
-                    self._of_stage[owner] = reduction
         self._finished: set[int] = set()
+        self._open()
 
     def begin(self) -> None:
-        """Before the first backward of a step. Local."""
+        """Before the first backward of a step. Local, unless parameters were frozen or unfrozen.
+
+        In that case, which must be so on all replicas and copies, Collective over these.
+        """
+        if self._trainable != self._trainable_now():
+            self._close()
+            self._open()
         self._finished = set()
         for copies in self._copies:
             copies.begin()
+
+    def _open(self) -> None:
+        """Make the reductions of what is trainable now."""
+        self._trainable = self._trainable_now()
+        for copies in self._copies:
+            copies.open(self._names, self._options)
+        if self._data is None:
+            return
+        for owner, some in _by_owner(self._stages).items():
+            named = [(self._names[id(p)], p) for p in some]
+            reduction = GradientReduction(named, [], dict, self._data, self._options)
+            _let_owner_end(reduction)
+            if owner is None:
+                self._of_several.append(reduction)
+            else:
+                self._of_stage[owner] = reduction
+
+    def _close(self) -> None:
+        for reduction in (*self._of_stage.values(), *self._of_several):
+            reduction.free()
+        for copies in self._copies:
+            copies.close()
+        self._of_stage, self._of_several = {}, []
+
+    def _trainable_now(self) -> list[bool]:
+        return [p.requires_grad for stage in self._stages.values() for p in stage.parameters]
 
     @contextmanager
     def backward_of(self, stage: int, is_last: bool) -> Iterator[None]:
@@ -123,30 +151,35 @@ class PipelineReductions:
         return {id(p) for copies in self._copies if copies.is_first for p in copies.parameters}
 
     @property
+    def copies(self) -> list[tuple[Communicator, list[nn.Parameter]]]:
+        """The ranks that have copies of the same parameters as this one, and these, in one order. Local."""
+        return [(copies.group, copies.parameters) for copies in self._copies]
+
+    @property
     def later_copies(self) -> set[int]:
         """Identities of the copied parameters of which this rank has another copy. Local."""
         return {id(p) for copies in self._copies if not copies.is_first for p in copies.parameters}
 
     def free(self) -> None:
         """Give windows and communicators back. Collective."""
-        for reduction in (*self._of_stage.values(), *self._of_several):
-            reduction.free()
+        self._close()
         for copies in self._copies:
-            copies.free()
+            copies.group.Free()
 
 
 class _Copies:
     """Parameters of which the same ranks have a copy each. Their gradients are summed."""
 
-    def __init__(
-        self, group: Communicator, named: Sequence[tuple[str, nn.Parameter]], options: ReductionOptions
-    ) -> None:
-        self.parameters = [parameter for _, parameter in named]
+    def __init__(self, group: Communicator, parameters: Sequence[nn.Parameter]) -> None:
+        self.parameters = list(parameters)
+        self.group = group
         self.is_first = group.rank == 0
-        self._group = group
+        self._reduction: GradientReduction | None = None
         broadcast_packed(self.parameters, group, 0)
-        trainable = [(name, p) for name, p in named if p.requires_grad]
-        self._reduction = GradientReduction(trainable, [], dict, group, options, average=False)
+
+    def open(self, names: dict[int, str], options: ReductionOptions) -> None:
+        trainable = [(names[id(p)], p) for p in self.parameters if p.requires_grad]
+        self._reduction = GradientReduction(trainable, [], dict, self.group, options, average=False)
         _let_owner_end(self._reduction)
 
     def begin(self) -> None:
@@ -155,12 +188,13 @@ class _Copies:
                 parameter.grad = None
 
     def finish(self) -> None:
+        assert self._reduction is not None
         self._reduction.finish()
         self._reduction.wait_all()
 
-    def free(self) -> None:
-        self._reduction.free()
-        self._group.Free()
+    def close(self) -> None:
+        if self._reduction is not None:
+            self._reduction.free()
 
 
 def _let_owner_end(reduction: GradientReduction) -> None:
@@ -201,22 +235,25 @@ def _copied_parameters(
 ) -> list[tuple[tuple[int, ...], list[nn.Parameter]]]:
     """Ranks that have copies of the same parameters, and these parameters if this rank is one of them.
 
-    In the same order on all ranks: identities of modules and specs are found alike everywhere.
+    In the same order on all ranks: identities of modules, of specs and of what specs are given as arguments
+    are found alike everywhere.
     """
     holders: dict[int, set[int]] = {}
     found: dict[int, list[nn.Parameter]] = {}
     for group in layers.tied_groups():
         for index in group:
             place = plan.rank_of_layer(index)
+            visible = layers.visible_parameters(index)
+            for parameter in visible:
+                holders.setdefault(id(parameter), set()).add(place)
+                found[id(parameter)] = [parameter]
             spec = layers.spec(index)
             if spec is not None:
                 holders.setdefault(id(spec), set()).add(place)
                 if place == rank:
-                    found[id(spec)] = list(layers.build(index).parameters())
-                continue
-            for parameter in layers.build(index).parameters():
-                holders.setdefault(id(parameter), set()).add(place)
-                found[id(parameter)] = [parameter]
+                    known = {id(parameter) for parameter in visible}
+                    built = layers.build(index).parameters()
+                    found[id(spec)] = [p for p in built if id(p) not in known]
     merged: dict[tuple[int, ...], list[nn.Parameter]] = {}
     for identity, places in holders.items():
         if len(places) > 1:

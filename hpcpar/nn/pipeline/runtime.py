@@ -12,19 +12,19 @@ not ready, the loop waits, and while it waits:
 * a recomputation that the next backward needs anyway starts before the gradient arrives;
 * an action behind it that is ready may overtake, once the wait has lasted half as long as that action usually
   takes. (At once would be wrong: a weight gradient of 3 ms would delay the backward that arrives 50 us
-  later, and with it all stages before this one.) A forward may not overtake if this rank would then hold more
-  activations than the schedule itself ever asks for.
+  later, and with it all stages before this one.) A forward never overtakes a backward: it would hold more
+  activations than the schedule does, and delay what other stages wait for.
 
 Invariants:
 
-* Actions of one kind on stages that share parameters keep their order, so gradients are summed in the
-  schedule's order and a run can be repeated bit by bit whatever the timing.
+* Actions that add to the same gradients keep their order, so a run can be repeated bit by bit whatever the
+  timing.
 * Nothing here blocks: sends are started and forgotten, receives are posted for the window, so a
   rendezvous can never dead-lock. All waiting is in one place, has a deadline that names the action, what it
   waits for and from whom, and hears alarms.
-* No rank leaves a step before it knows its result, which the last stage sends after its last forward. So all
-  forward messages of a step have been received when the next one begins (:mod:`hpcpar.comm.parcels` needs
-  that).
+* No rank leaves a step before it knows its result, which the last stage sends when its last forward is done,
+  or later. So all forward messages of a step have been received when the next one begins, which
+  :mod:`hpcpar.comm.parcels` needs.
 """
 
 from __future__ import annotations
@@ -42,7 +42,6 @@ from hpcpar.nn.pipeline.mail import Mail, Task
 from hpcpar.nn.pipeline.plan import PipelinePlan
 from hpcpar.nn.pipeline.recorder import PipelineStats, Recorder
 from hpcpar.nn.pipeline.schedule import Kind
-from hpcpar.nn.pipeline.simulate import simulate
 from hpcpar.nn.pipeline.stage import Stage
 from hpcpar.nn.pipeline.step import Step
 from hpcpar.nn.progress_trial import ProgressTrial
@@ -55,6 +54,14 @@ __all__ = ["Runtime"]
 _WINDOW = 4
 _OVERTAKE_AFTER = 0.5
 _BACKWARDS = (Kind.BACKWARD, Kind.BACKWARD_INPUT)
+# What a task of each kind does in an order that must be kept: draw on the sequence of forwards, add to the
+# gradients that are settled with the inputs', add to all others.
+_ADDS: dict[Kind, set[str]] = {
+    Kind.FORWARD: {"forward"},
+    Kind.BACKWARD: {"settled", "weights"},
+    Kind.BACKWARD_INPUT: {"settled"},
+    Kind.BACKWARD_WEIGHT: {"weights"},
+}
 
 
 class Runtime:
@@ -94,7 +101,6 @@ class Runtime:
         self._groups = groups
         self._mail = Mail(plan, comm, device)
         self.recorder = Recorder(comm)
-        self._most_activations = simulate(plan.schedule).peak_activations[comm.rank]
         self._usual_s: dict[tuple[Kind, int], float] = {}
         self._tasks = {
             True: [Task(action) for action in plan.schedule.actions[comm.rank]],
@@ -126,7 +132,6 @@ class Runtime:
         while self._pending:
             self._run(self._choose() or self._wait_for_work())
         self._end(step)
-        del self._step  # and with it the batch and the output
 
     def stats(self) -> PipelineStats:
         """What steps have cost on this rank so far. Local."""
@@ -151,7 +156,7 @@ class Runtime:
 
         Collective.
         """
-        self._trial = ProgressTrial(self, "hooks" if progress == "none" else progress)
+        self._trial = ProgressTrial(self, progress)
 
     def use_progress_thread(self, wanted: bool) -> None:
         """Start or stop the thread. Local."""
@@ -180,8 +185,6 @@ class Runtime:
             self.recorder.steps += 1
             if self._trial is not None:
                 self._trial.begin_step()
-        if self._thread is not None:
-            self._thread.wake()
         self._step = step
         self._pending = list(self._tasks[step.training])
         self._activations.clear()
@@ -198,12 +201,17 @@ class Runtime:
     def _end(self, step: Step) -> None:
         """Exchange the result, and let go of what was sent."""
         if self._comm.rank == self._plan.last_rank:
-            self._mail.send_result(step.finish_loss(), len(step))
+            self._send_result(step)
         else:
             message = self._mail.expect_result(len(step))
             self._wait(message.test, lambda: ("pipeline step, which lacks the loss,", [self._plan.last_rank]))
             step.result = message.tensors[0]
         self._wait(lambda: self._mail.exchange.is_sent, self._describe_unsent)
+        del self._step  # with the batch and what came out
+
+    def _send_result(self, step: Step) -> None:
+        if step.result is None:
+            self._mail.send_result(step.finish_loss(), len(step))
 
     def _run(self, task: Task) -> None:
         start = time.perf_counter()
@@ -223,6 +231,8 @@ class Runtime:
         for task in self._pending[:_WINDOW]:
             if task.expected is None:
                 self._mail.expect(task, self._activations.get(task.key))
+        if self._thread is not None:
+            self._thread.wake()  # it sleeps whenever nothing is under way
 
     # Choosing --------------------------------------------------------------------------------------------
 
@@ -233,22 +243,22 @@ class Runtime:
             return first
         if waited_s is None:
             return None
-        blocked = {self._order_of(first)}
+        late = [first]
         for task in self._pending[1:_WINDOW]:
-            order = self._order_of(task)
             usual_s = self._usual_s.get((task.kind, task.key[0]), math.inf)
-            has_waited = waited_s >= _OVERTAKE_AFTER * usual_s
-            if has_waited and order not in blocked and self._has_room(task) and self._is_ready(task):
+            may_pass = waited_s >= _OVERTAKE_AFTER * usual_s and all(self._may_pass(task, o) for o in late)
+            if may_pass and self._is_ready(task):
                 return task
-            blocked.add(order)
+            late.append(task)
         return None
 
-    def _order_of(self, task: Task) -> tuple[Kind, int]:
-        """Tasks of equal order keep it: of one kind, on stages that share parameters."""
-        return task.kind, self._groups[task.key[0]]
-
-    def _has_room(self, task: Task) -> bool:
-        return not task.is_forward or len(self._activations) < self._most_activations
+    def _may_pass(self, task: Task, late: Task) -> bool:
+        """Whether a task may be executed before one that the schedule has before it."""
+        if task.is_forward and late.kind in _BACKWARDS:
+            return False  # it would hold more activations, and delay what other stages wait for
+        if self._groups[task.key[0]] != self._groups[late.key[0]]:
+            return True
+        return not _ADDS[task.kind] & _ADDS[late.kind]
 
     def _is_ready(self, task: Task) -> bool:
         if task.kind is Kind.BACKWARD_WEIGHT:
@@ -275,11 +285,8 @@ class Runtime:
         return chosen[0]
 
     def _wait(self, done: Callable[[], bool], describe: Callable[[], tuple[str, Sequence[int]]]) -> None:
-        start = time.perf_counter()
-        wait_for_peers(done, self._comm, describe)
-        end = time.perf_counter()
-        self.recorder.waited_s += end - start
-        self.recorder.note(start, end, "wait", "wait")
+        with self.recorder.waiting("wait"):
+            wait_for_peers(done, self._comm, describe)
 
     def _describe_unsent(self) -> tuple[str, Sequence[int]]:
         return "pipeline step, whose last messages are not received yet,", self._mail.exchange.slow_receivers
@@ -290,7 +297,9 @@ class Runtime:
             if task.kind in _BACKWARDS:
                 activation = self._activations.get(task.key)
                 if activation is not None:
+                    start = time.perf_counter()
                     self._recompute(task, activation)
+                    self.recorder.computed_s += time.perf_counter() - start
                 return
 
     # Tasks -----------------------------------------------------------------------------------------------
@@ -310,6 +319,8 @@ class Runtime:
         self._mail.send_parcels(task, parcels)
         if is_last:
             step.output(microbatch, value)
+            if step.is_complete and not step.has_replicas:  # with replicas this could wait for one of them
+                self._send_result(step)
         if step.training:
             self._activations[task.key] = activation
             self.recorder.held(len(self._activations))

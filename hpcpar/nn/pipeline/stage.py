@@ -6,8 +6,8 @@
 
 It knows nothing of messages, microbatch order or autograd. Each layer runs with random numbers of its own
 (:mod:`~hpcpar.nn.pipeline.randomness`). Running it again for the same microbatch, as activation checkpointing
-does, gives the same result and leaves buffers alone: those that change in a forward (running statistics) are
-found in the first one, and a recomputation gets copies of them.
+does, gives the same result and leaves buffers alone: those that forwards change (running statistics) are
+found out, and a recomputation gets copies of them.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Stage"]
 
+_COPIED_BYTES = 1 << 20
 _LOSS = -1  # number of the loss among the layers
 _Home = dict[str, Any]
 _Place = tuple[_Home, str]
@@ -57,7 +58,8 @@ class Stage:
         self.layers = list(layers)
         self._names = list(names)
         self._seeds = seeds
-        self._changing: list[_Place] | None = None
+        self._watched: list[_Watched] | None = None
+        self._parameters = list({id(p): p for layer in layers for p in layer.parameters()}.values())
         self._deferred = [
             module for layer in layers for module in layer.modules() if isinstance(module, DeferredBatchNorm)
         ]
@@ -66,17 +68,20 @@ class Stage:
     @property
     def parameters(self) -> list[nn.Parameter]:
         """All parameters of the layers, each once."""
-        return list({id(p): p for layer in self.layers for p in layer.parameters()}.values())
+        return list(self._parameters)
+
+    def without_gradient(self) -> list[nn.Parameter]:
+        """Trainable parameters whose ``.grad`` the next backward will make. Local."""
+        return [p for p in self._parameters if p.grad is None and p.requires_grad]
 
     @property
     def buffers(self) -> list[tuple[torch.Tensor, bool]]:
         """Each buffer but the deferred statistics, and whether training changes it here; alike everywhere."""
         deferred = {id(buffer) for layer in self._deferred for buffer in layer.buffers()}
-        changing = {(id(home), name) for home, name in self._changing or ()}
         return [
-            (home[name], (id(home), name) in changing)
-            for home, name in self._places()
-            if id(home[name]) not in deferred
+            (watched.home[watched.name], watched.changes)
+            for watched in self._watched or ()
+            if id(watched.home[watched.name]) not in deferred
         ]
 
     def run(
@@ -99,7 +104,8 @@ class Stage:
             The output of the last layer, and what the layers have stashed.
         """
         tracker = _StageTracker(popped)
-        watched = self._watch_buffers()
+        if self._watched is None:
+            self._watched = [_Watched(home, name) for home, name in self._places()]
         with use_tracker(tracker):
             for number, name, layer in zip(self.plan.layers, self._names, self.layers, strict=True):
                 try:
@@ -110,12 +116,8 @@ class Stage:
                         f"microbatch {microbatch}"
                     )
                     raise
-        if watched is not None:
-            self._changing = [
-                (home, name)
-                for home, name, buffer, copy in watched
-                if home[name] is not buffer or not _same(buffer, copy)
-            ]
+        for watched in self._watched:
+            watched.look()
         return value, tracker.stashed
 
     def seeded(self, microbatch: int, function: Callable[..., Any], *args: Any) -> Any:
@@ -139,7 +141,7 @@ class Stage:
 
         To put the old contents back instead would look to autograd like a change of what it has saved.
         """
-        originals = [(home, name, home[name]) for home, name in self._changing or ()]
+        originals = [(w.home, w.name, w.home[w.name]) for w in self._watched or () if w.changes]
         copies = {id(buffer): buffer.clone() for _, _, buffer in originals}
         for home, name, buffer in originals:
             home[name] = copies[id(buffer)]
@@ -155,17 +157,43 @@ class Stage:
 
     def forget(self) -> None:
         """Look again which buffers change: the layers' modes are others now. Local."""
-        self._changing = None
-
-    def _watch_buffers(self) -> list[tuple[_Home, str, torch.Tensor, torch.Tensor]] | None:
-        if self._changing is not None:
-            return None
-        return [(home, name, home[name], home[name].clone()) for home, name in self._places()]
+        self._watched = None
 
     def _places(self) -> list[_Place]:
         """Where the buffers are, for a layer may put a new tensor in the place of one; each once."""
         homes = {id(m._buffers): m._buffers for layer in self.layers for m in layer.modules()}
         return [(home, name) for home in homes.values() for name in home if home[name] is not None]
+
+
+class _Watched:
+    """A buffer, and whether forwards change it.
+
+    A change shows as another tensor in its place, or as a new version, at whatever forward it happens. Batch
+    normalisation writes its statistics without raising the version; those are small, and change at once, so
+    the contents of small buffers are compared after the first forward.
+    """
+
+    __slots__ = ("_copy", "_seen", "changes", "home", "name")
+
+    def __init__(self, home: _Home, name: str) -> None:
+        self.home, self.name = home, name
+        self.changes = False
+        self._seen = self._state()
+        buffer = home[name]
+        self._copy = buffer.clone() if buffer.nbytes <= _COPIED_BYTES else None
+
+    def look(self) -> None:
+        """After a forward. Local."""
+        if self.changes:
+            return
+        self.changes = self._state() != self._seen
+        if self._copy is not None:
+            self.changes = self.changes or not _same(self.home[self.name], self._copy)
+            self._copy = None
+
+    def _state(self) -> tuple[int, int]:
+        buffer = self.home[self.name]
+        return id(buffer), -1 if buffer.is_inference() else buffer._version
 
 
 class _StageTracker(SkipTracker):
@@ -194,4 +222,6 @@ def _overwrites_input(layers: Sequence[nn.Module]) -> bool:
 
 
 def _same(buffer: torch.Tensor, copy: torch.Tensor) -> bool:
-    return torch.equal(torch.nan_to_num(buffer), torch.nan_to_num(copy))
+    """Whether the bytes are equal, which says it for any dtype and for NaN, too."""
+    one, other = buffer.contiguous().view(-1), copy.contiguous().view(-1)
+    return one.numel() == 0 or torch.equal(one.view(torch.uint8), other.view(torch.uint8))

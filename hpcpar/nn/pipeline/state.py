@@ -8,7 +8,7 @@ by the first name that a parameter has in the whole model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,12 +34,19 @@ class StateOfStages:
         The ranks of the pipeline.
     order
         Names of all layers, in order.
+    copies
+        Parameters that other ranks have, too, in the same order there, with a communicator of these ranks.
     placeholder
         What a rank without parameters gives to its optimizer.
     """
 
     def __init__(
-        self, layers: nn.Module, comm: Communicator, order: tuple[str, ...], placeholder: nn.Parameter
+        self,
+        layers: nn.Module,
+        comm: Communicator,
+        order: tuple[str, ...],
+        copies: Sequence[tuple[Communicator, Sequence[nn.Parameter]]],
+        placeholder: nn.Parameter,
     ) -> None:
         self._layers = layers
         self._placeholder = placeholder
@@ -51,15 +58,21 @@ class StateOfStages:
         for name, parameter in layers.named_parameters(remove_duplicate=False):
             aliases.setdefault(id(parameter), []).append(name)
         self._aliases = {id(p): aliases[id(p)] for p in layers.parameters()}
+        for group, parameters in copies:
+            theirs = group.allgather([self._aliases[id(p)] for p in parameters])
+            for parameter, names in zip(parameters, zip(*theirs, strict=True), strict=True):
+                # In one order on all ranks and on any number of them: the first one names the state.
+                everywhere = {name for some in names for name in some}
+                self._aliases[id(parameter)] = sorted(everywhere, key=self._place_of)
 
     def gather(self, local: Mapping[str, Any]) -> dict[str, Any]:
         """The states of all ranks together, in the order of the layers. Collective."""
         full: dict[str, Any] = {}
         for root in range(self._comm.size):
             full.update(self._broadcast(dict(local), root))
-        return dict(sorted(full.items(), key=lambda item: self._place.get(item[0].partition(".")[0], 0)))
+        return dict(sorted(full.items(), key=lambda item: self._place_of(item[0])))
 
-    def load(self, state: Mapping[str, Any], *, strict: bool, assign: bool) -> Any:
+    def load(self, state: Mapping[str, Any], *, strict: bool) -> Any:
         """Load this rank's part. Local."""
         own = self._layers.state_dict().keys()
         missing = [name for name in own if name not in state]
@@ -70,7 +83,7 @@ class StateOfStages:
                 f"{self._comm.rank} and {unexpected or 'none'} that no stage knows. strict=False ignores them"
             )
         mine = {name: value for name, value in state.items() if name in own}
-        self._layers.load_state_dict(mine, strict=False, assign=assign)
+        self._layers.load_state_dict(mine, strict=False)
         return nn.modules.module._IncompatibleKeys(missing, unexpected)
 
     def gather_optimizer(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -109,10 +122,24 @@ class StateOfStages:
             numbered["param_groups"].append({**group, **saved, "params": list(numbers)})
             numbered["param_groups"][-1].pop("param_names", None)
             for place, parameter in zip(numbers, group["params"], strict=True):
-                found = next((n for n in self._aliases.get(id(parameter), ()) if n in state["state"]), None)
+                if parameter is self._placeholder:
+                    continue
+                self._check_known(parameter, saved["params"])
+                found = next((n for n in self._aliases[id(parameter)] if n in state["state"]), None)
                 if found is not None:
                     numbered["state"][place] = state["state"][found]
         optimizer.load_state_dict(numbered)
+
+    def _check_known(self, parameter: torch.Tensor, names: Sequence[str]) -> None:
+        name = self._name(parameter)
+        if not set(self._aliases[id(parameter)]) & set(names):
+            raise MismatchError(
+                f"the state of an optimizer must have parameter {name!r} in the group in which it is here, got "
+                f"a group of {len(names)} others. Make the groups as they were when the state was saved"
+            )
+
+    def _place_of(self, name: str) -> int:
+        return self._place.get(name.partition(".")[0], 0)
 
     def _name(self, parameter: torch.Tensor) -> str:
         if id(parameter) not in self._aliases:

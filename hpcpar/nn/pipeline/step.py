@@ -8,7 +8,6 @@ gradients add up to those of the whole batch.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -80,6 +79,7 @@ class Step:
         self._checkpoint = CHECKPOINT_MODES[checkpoint]
         self.backward_of = backward_of
         self._outputs: dict[int, Any] = {}
+        self._forwards = 0
         self.result: torch.Tensor | None = None
 
     def __len__(self) -> int:
@@ -108,9 +108,20 @@ class Step:
         return self.training and self._checkpoint(microbatch, self._count)
 
     def output(self, microbatch: int, value: Any) -> None:
-        """Keep an output of the last stage, in evaluation. Local."""
+        """Count a forward of the last stage, and keep its output in evaluation. Local."""
+        self._forwards += 1
         if not self.training and value is not None:
             self._outputs[microbatch] = value
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the last stage has done all its forwards. Local."""
+        return self._forwards == self._count
+
+    @property
+    def has_replicas(self) -> bool:
+        """Whether the result depends on other replicas. Local."""
+        return self._loss is not None and self._loss.has_replicas
 
     def joined_output(self) -> Any:
         """The output of the whole batch, on the rank of the last stage. Local."""
@@ -181,10 +192,15 @@ class MicrobatchLosses:
         self._losses[microbatch] = weight, loss.detach()  # a recomputation finds the same again
         return loss * (weight * self._scale)
 
+    @property
+    def has_replicas(self) -> bool:
+        """Whether the loss is averaged with others. Local."""
+        return self._replicas is not None
+
     def total(self) -> float:
         """The loss of the batch. Collective over the replicas."""
         losses = [weight * float(loss) for weight, loss in self._losses.values()]
-        total = torch.tensor([math.fsum(losses)], dtype=torch.float64)
+        total = torch.tensor([sum(losses)], dtype=torch.float64)
         if self._replicas is not None:
             self._replicas.Allreduce(MPI.IN_PLACE, total)
             total /= self._replicas.size
