@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 from hpcpar.errors import ScheduleError
 from hpcpar.nn.pipeline.list_scheduling import Progress, list_schedule
-from hpcpar.nn.pipeline.schedule import Action, Kind, Schedule
+from hpcpar.nn.pipeline.schedule import Action, Kind, Schedule, positive
 
 __all__ = ["SCHEDULE_NAMES", "build_schedule"]
 
@@ -59,17 +59,18 @@ def build_schedule(
     """
     if name not in _BUILDERS:
         raise ScheduleError(f"name of a schedule must be one of {', '.join(_BUILDERS)}, got {name!r}")
-    numbers = {"ranks": ranks, "microbatches": microbatches, "chunks": chunks, "max_in_flight": max_in_flight}
-    for what, number in numbers.items():
-        if (type(number) is not int or number < 1) and (what != "max_in_flight" or number is not None):
-            raise ScheduleError(f"{what} must be an integer of at least 1, got {number!r}")
+    shape = _Shape(
+        positive("ranks", ranks), positive("microbatches", microbatches), positive("chunks", chunks)
+    )
+    if max_in_flight is not None:
+        max_in_flight = positive("max_in_flight", max_in_flight)
     if max_in_flight is not None and name != "zero_bubble":
         raise ScheduleError(
             f"max_in_flight must be left out with {name}, got {max_in_flight}. Use zero_bubble"
         )
     if max_in_flight is not None and max_in_flight < chunks:
         raise ScheduleError(f"max_in_flight must be at least chunks, {chunks}, got {max_in_flight}")
-    return _BUILDERS[name](_Shape(ranks, microbatches, chunks), max_in_flight)
+    return _BUILDERS[name](shape, max_in_flight)
 
 
 class _Shape:

@@ -13,6 +13,7 @@ microbatches.
 
 from __future__ import annotations
 
+import operator
 from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
@@ -104,8 +105,9 @@ def check_balance(balance: Sequence[int], layers: int, parts: int) -> list[int]:
     counts = list(balance)
     if len(counts) != parts:
         raise MismatchError(f"balance must have a number for each of {parts} stages, got {counts}.")
-    if any(type(count) is not int or count < 1 for count in counts):
+    if any(isinstance(count, bool) or not hasattr(count, "__index__") or count < 1 for count in counts):
         raise MismatchError(f"balance must give at least one layer to each stage, got {counts}.")
+    counts = [operator.index(count) for count in counts]
     if sum(counts) != layers:
         raise MismatchError(f"balance must sum to the {layers} layers, got {counts}, which is {sum(counts)}.")
     return counts

@@ -20,6 +20,7 @@ deadlock, is what the simulator finds out.
 from __future__ import annotations
 
 import csv
+import operator
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -289,6 +290,23 @@ class Message:
     consumer: Action
     source: int
     dest: int
+
+
+def positive(what: str, number: object) -> int:
+    """An integer of at least 1, numpy's own included. Local.
+
+    Raises
+    ------
+    ScheduleError
+        For anything else, ``what`` it was meant to be.
+    """
+    try:
+        value = 0 if isinstance(number, bool) else operator.index(number)  # type: ignore[arg-type]
+    except TypeError:
+        value = 0
+    if value < 1:
+        raise ScheduleError(f"{what} must be an integer of at least 1, got {number!r}")
+    return value
 
 
 def messages(schedule: Schedule) -> tuple[Message, ...]:

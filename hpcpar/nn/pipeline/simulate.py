@@ -17,11 +17,11 @@ A message costs time between two ranks and nothing on either, and any number of 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from hpcpar.errors import ScheduleError
-from hpcpar.nn.pipeline.schedule import Action, Kind, Schedule
+from hpcpar.nn.pipeline.schedule import Action, Kind, Schedule, positive
 from hpcpar.nn.pipeline.timeline import Span, Timeline
 
 __all__ = ["Simulation", "simulate"]
@@ -215,28 +215,35 @@ def _peak_activations(schedule: Schedule, limits: Sequence[float], forward_only:
 
 
 def _seconds(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+    try:
+        seconds = math.nan if isinstance(value, (bool, str)) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
         raise ScheduleError(f"{name} must be a number of seconds of at least 0, got {value!r}")
-    return float(value)
+    return seconds
+
+
+def _listed(value: object) -> list[object] | None:
+    """The elements of a sequence or an array of one axis; ``None`` for a number."""
+    return list(value) if isinstance(value, Iterable) and getattr(value, "ndim", True) else None
 
 
 def _per_stage(name: str, value: Costs, stages: int) -> list[float]:
-    if not isinstance(value, Sequence):
+    costs = _listed(value)
+    if costs is None:
         return [_seconds(name, value)] * stages
-    if len(value) != stages:
-        raise ScheduleError(f"{name} must have one number per stage, {stages}, got {len(value)}")
-    return [_seconds(f"{name} of stage {stage}", cost) for stage, cost in enumerate(value)]
+    if len(costs) != stages:
+        raise ScheduleError(f"{name} must have one number per stage, {stages}, got {len(costs)}")
+    return [_seconds(f"{name} of stage {stage}", cost) for stage, cost in enumerate(costs)]
 
 
 def _per_rank(value: int | Sequence[int] | None, ranks: int) -> list[float]:
     if value is None:
         return [math.inf] * ranks
-    limits: list[object] = list(value) if isinstance(value, Sequence) else [value] * ranks
+    limits = _listed(value)
+    if limits is None:
+        limits = [value] * ranks
     if len(limits) != ranks:
         raise ScheduleError(f"max_activations must have one number per rank, {ranks}, got {len(limits)}")
-    checked: list[float] = []
-    for limit in limits:
-        if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
-            raise ScheduleError(f"max_activations must be an integer of at least 1, got {limit!r}")
-        checked.append(float(limit))
-    return checked
+    return [float(positive("max_activations", limit)) for limit in limits]

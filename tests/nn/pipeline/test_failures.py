@@ -52,7 +52,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "checkpoint": ({"checkpoint": "sometimes"}, "checkpoint must be one of .*'sometimes'"),
     "reuse": ({"reuse": "share"}, "reuse must be one of .*'share'"),
     "reduction": ({"loss_reduction": "max"}, "loss_reduction must be one of .*'max'"),
-    "progress": ({"progress": "hooks"}, "progress must be one of .*'hooks'"),
+    "progress": ({"progress": "often"}, "progress must be one of .*'often'"),
     "transport": ({"transport": "pigeons"}, "transport must be one of .*'pigeons'"),
     "balance": ({"balance": "evenly"}, "balance must be None, 'time' or a list"),
     "sum of balance": ({"balance": [100]}, "balance must"),

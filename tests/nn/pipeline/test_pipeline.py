@@ -140,7 +140,7 @@ def test_progress_thread_changes_nothing(
     comm: Communicator, schedule: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # "auto" measures only with cores to spare
-    for progress in ("thread", "auto", "none"):
+    for progress in ("thread", "auto", "hooks"):
         check_text_model(
             comm, 9, 14 if progress == "auto" else 3, microbatches=4, schedule=schedule, progress=progress
         )

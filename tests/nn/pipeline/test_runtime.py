@@ -120,7 +120,7 @@ def test_memory_stays_flat_over_many_steps(comm: Communicator, schedule: str, ch
         optimizer = torch.optim.SGD(pipe.parameters(), lr=0.01)
         counts = []
         for _ in range(3):
-            for _ in range(12):
+            for _ in range(6):
                 optimizer.zero_grad()
                 train(pipe, x, target)
                 optimizer.step()
