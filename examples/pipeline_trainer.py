@@ -16,6 +16,7 @@ should; the curve is that of one process, up to rounding.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ import hpcpar
 import reporting
 from gpt import Gpt
 from hpcpar.comm import Communicator, ProcessGrid
+from hpcpar.nn.pipeline import Timeline
 from trainer import Options, Trainer, make_adamw
 
 __all__ = ["PipelineTrainer", "as_layers"]
@@ -82,13 +84,18 @@ class PipelineTrainer(Trainer):
                 loss = self.run_step(step, text)
                 traced = timeline()
             if self.comm.rank == 0:
-                traced.to_chrome(options.trace)
-                picture = options.trace.with_suffix(".png")
-                traced.draw(
-                    picture, title=f"one step, {options.schedule}, {options.microbatches} microbatches"
-                )
+                self.write(traced, options.trace)
             return loss
         return self.run_step(step, text)
+
+    def write(self, traced: Timeline, path: Path) -> None:
+        """Write the timeline of a step for chrome://tracing, and a picture beside it."""
+        traced.to_chrome(path.with_suffix(".json"))
+        title = f"one step, {self.options.schedule}, {self.options.microbatches} microbatches"
+        try:
+            traced.draw(path.with_suffix(".png"), title=title)
+        except hpcpar.errors.HpcparError as error:  # no matplotlib
+            print(error, file=sys.stderr)
 
     def run_step(self, step: int, text: torch.Tensor) -> torch.Tensor:
         """One optimizer step. Returns this rank's share of the summed loss: the last stages have it all."""

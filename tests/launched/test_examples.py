@@ -69,6 +69,45 @@ def test_text_is_learnt_as_in_one_process(
     assert losses(evaluations) == pytest.approx(text_reference, rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("ranks", "arguments"),
+    [
+        (2, ["--pipeline", "2"]),
+        (
+            2,
+            [
+                "--pipeline",
+                "2",
+                "--schedule",
+                "zero_bubble",
+                "--reuse",
+                "replicate",
+                "--checkpoint",
+                "always",
+            ],
+        ),
+        (4, ["--pipeline", "2", "--schedule", "interleaved", "--chunks", "2"]),
+    ],
+)
+def test_text_is_learnt_over_a_pipeline(
+    text_reference: list[float], tmp_path: Path, ranks: int, arguments: list[str]
+) -> None:
+    # Three windows in eight microbatches: most of them are empty, and with two replicas one has one window.
+    evaluations = history("train_text.py", ranks, tmp_path, *TEXT, *arguments)["evaluations"]
+    assert losses(evaluations) == pytest.approx(text_reference, rel=1e-3)
+
+
+def test_trace_is_a_timeline_and_a_picture_of_it(tmp_path: Path) -> None:
+    trace = tmp_path / "step.json"
+    arguments = ["--pipeline", "2", "--schedule", "zero_bubble", "--microbatches", "2", "--trace", str(trace)]
+    result = run("train_text.py", 2, *TEXT, *arguments, "--output", str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    events = json.loads(trace.read_text())["traceEvents"]
+    names = {event["name"] for event in events}
+    assert {"0F0", "1F1", "1I0", "1W1", "0W0"} <= names
+    assert trace.with_suffix(".png").stat().st_size > 1000
+
+
 def test_clipping_is_the_same_on_every_number_of_ranks(text_reference: list[float], tmp_path: Path) -> None:
     # Adam undoes a constant factor of the gradient unless its elements are as small as its epsilon.
     curves = [
@@ -111,6 +150,8 @@ def test_digits_read_a_folder_of_idx_files(tmp_path: Path) -> None:
         ("train_text.py", ["--text", "nowhere"], "no such folder"),
         ("train_text.py", ["--limit", "100"], "too short"),
         ("train_text.py", ["--heads", "3"], "--heads 3 must divide --width 128"),
+        ("train_text.py", ["--pipeline", "3"], "--pipeline 3 and --data-parallel 1 need 3 ranks, got 2"),
+        ("train_text.py", ["--trace", "x.json"], "--trace shows the stages of a pipeline"),
     ],
 )
 def test_mistake_ends_all_ranks_with_one_message(example: str, arguments: list[str], message: str) -> None:

@@ -115,6 +115,8 @@ class Stage:
                         f"in layer {name!r} ({type(layer).__name__}) of pipeline stage {self.plan.index}, "
                         f"microbatch {microbatch}"
                     )
+                    if "in-place operation" in str(error):
+                        error.add_note("a stage must not change its input in place: other stages may need it")
                     raise
         for watched in self._watched:
             watched.look()

@@ -134,8 +134,8 @@ class StateOfStages:
         name = self._name(parameter)
         if not set(self._aliases[id(parameter)]) & set(names):
             raise MismatchError(
-                f"the state of an optimizer must have parameter {name!r} in the group in which it is here, got "
-                f"a group of {len(names)} others. Make the groups as they were when the state was saved"
+                f"the state of an optimizer must have parameter {name!r} in the group in which it is here, "
+                f"got a group of {len(names)} others. Make the groups as they were when the state was saved"
             )
 
     def _place_of(self, name: str) -> int:
