@@ -2,7 +2,7 @@
 
 ::
 
-    mpirun -n 8 python benchmarks/pipeline_sleep.py [--forward-ms 10] [--input-ms 10] [--weight-ms 10]
+    mpirun -n 8 python benchmarks/pipeline_sleep.py [--forward-ms 20] [--input-ms 20] [--weight-ms 20]
 
 A rank that sleeps needs no core, so many ranks can show on a small machine what schedules do on a large one.
 A stage is one layer, the identity, with two parts that autograd runs apart::
@@ -172,11 +172,11 @@ def main() -> None:
 def make_parser() -> argparse.ArgumentParser:
     """The command line. **Local.**"""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    add_common_options(parser, repetitions=5)
+    add_common_options(parser, repetitions=3)
     parser.add_argument("--microbatches", type=positive_int, default=32, metavar="N", help="default 32")
     for kind, what in (("forward", "F"), ("input", "I"), ("weight", "W")):
         parser.add_argument(
-            f"--{kind}-ms", type=positive_int, default=10, metavar="MS", help=f"{what}, per rank (default 10)"
+            f"--{kind}-ms", type=positive_int, default=20, metavar="MS", help=f"{what}, per rank (default 20)"
         )
     return parser
 

@@ -402,8 +402,8 @@ class Pipeline(PipelineModule):
         except BaseException as error:
             if self._comm.size > 1 or self._data is not None:
                 self._broken = error
-            where = f"stages {list(self._stages)} of the pipeline"
-            self._alarm.sound(f"{where}: {''.join(traceback.format_exception(error))}")
+                where = f"stages {list(self._stages)} of the pipeline"
+                self._alarm.sound(f"{where}: {''.join(traceback.format_exception(error))}")
             self._runtime.abandon()
             raise
 
