@@ -237,7 +237,7 @@ class Activation:
         ]
         loss = None
         if self._finish is not None:
-            loss = self._stage.seeded(self._microbatch, self._finish, value, chain.label)
+            loss = self._finish(value, chain.label)
         return outputs, value, loss
 
     def _keep_roots(self, outputs: list[tuple[Label, list[torch.Tensor]]], loss: torch.Tensor | None) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["Contexts", "LayerSeeds", "without_autocast"]
+__all__ = ["Contexts", "LayerSeeds", "may_draw", "mix", "without_autocast"]
 
 _MASK = (1 << 64) - 1
 _DRAWING = (
@@ -48,8 +48,10 @@ def mix(*numbers: int) -> int:
     return state >> 1
 
 
-def may_draw(layer: nn.Module) -> bool:
-    """Whether the layer could use random numbers, now or later. Local."""
+def may_draw(layer: object) -> bool:
+    """Whether a layer, or a function, could use random numbers, now or later. Local."""
+    if not isinstance(layer, nn.Module):
+        return getattr(layer, "__module__", "") != "torch.nn.functional"  # of losses; dropout is none
     return any(
         isinstance(module, _DRAWING)
         or not type(module).__module__.startswith("torch.nn.modules.")
@@ -72,7 +74,6 @@ class LayerSeeds:
     def __init__(self, seed: int, device: torch.device) -> None:
         self._seed = seed
         self._device = device
-        self._draws: dict[int, bool] = {}
         self._steps = {True: 0, False: 0}
         self._training = True
 
@@ -80,12 +81,6 @@ class LayerSeeds:
         """Count a step, those of training apart: evaluating must not change what training draws. Local."""
         self._training = training
         self._steps[training] += 1
-
-    def call(self, number: int, layer: nn.Module, microbatch: int, value: Any) -> Any:
-        """``layer(value)``, with the random numbers of layer ``number`` for this microbatch. Local."""
-        if number not in self._draws:
-            self._draws[number] = may_draw(layer)
-        return self.seeded(number, microbatch, layer, value) if self._draws[number] else layer(value)
 
     def seeded(self, number: int, microbatch: int, function: Callable[..., Any], *args: Any) -> Any:
         """``function(*args)``, with random numbers of its own for this microbatch. Local."""

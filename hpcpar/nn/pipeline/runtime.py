@@ -29,6 +29,7 @@ Invariants:
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Hashable, Sequence
@@ -307,11 +308,14 @@ class Runtime:
     def _forward(self, task: Task) -> None:
         step, (stage, microbatch) = self._step, task.key
         is_last = stage == len(self._plan.stages) - 1
+        finish = step.finish(microbatch) if is_last else None
+        if finish is not None and step.loss_may_draw:
+            finish = functools.partial(self._stages[stage].seeded, microbatch, finish)
         activation = Activation(
             self._stages[stage],
             microbatch,
             self._mail.take_parcels(task) or [step.entry(microbatch)],
-            step.finish(microbatch) if is_last else None,
+            finish,
             checkpoint=step.is_checkpointed(microbatch),
             device=self._device,
         )

@@ -21,8 +21,8 @@ from torch import nn
 
 from hpcpar.nn.pipeline.batch_norm import DeferredBatchNorm
 from hpcpar.nn.pipeline.plan import StagePlan
-from hpcpar.nn.pipeline.randomness import LayerSeeds
-from hpcpar.nn.pipeline.skip import SkipName, SkipTracker, use_tracker
+from hpcpar.nn.pipeline.randomness import LayerSeeds, may_draw
+from hpcpar.nn.pipeline.skip import SkipName, SkipTracker, pop_names, stash_names, use_tracker
 
 if TYPE_CHECKING:
     from hpcpar.comm import Communicator
@@ -63,6 +63,8 @@ class Stage:
         self._deferred = [
             module for layer in layers for module in layer.modules() if isinstance(module, DeferredBatchNorm)
         ]
+        self._draws: list[bool] = []
+        self._has_skips = any(stash_names(layer) or pop_names(layer) for layer in layers)
         self.overwrites_input = _overwrites_input(self.layers)
 
     @property
@@ -103,24 +105,36 @@ class Stage:
         value, dict
             The output of the last layer, and what the layers have stashed.
         """
-        tracker = _StageTracker(popped)
         if self._watched is None:
             self._watched = [_Watched(home, name) for home, name in self._places()]
-        with use_tracker(tracker):
-            for number, name, layer in zip(self.plan.layers, self._names, self.layers, strict=True):
-                try:
-                    value = self._seeds.call(number, layer, microbatch, value)
-                except Exception as error:
-                    error.add_note(
-                        f"in layer {name!r} ({type(layer).__name__}) of pipeline stage {self.plan.index}, "
-                        f"microbatch {microbatch}"
-                    )
-                    if "in-place operation" in str(error):
-                        error.add_note("a stage must not change its input in place: other stages may need it")
-                    raise
+            self._draws = [may_draw(layer) for layer in self.layers]
+        if self._has_skips:
+            tracker = _StageTracker(popped)
+            with use_tracker(tracker):
+                value = self._run_layers(microbatch, value)
+        else:
+            tracker = None
+            value = self._run_layers(microbatch, value)
         for watched in self._watched:
             watched.look()
-        return value, tracker.stashed
+        return value, {} if tracker is None else tracker.stashed
+
+    def _run_layers(self, microbatch: int, value: Any) -> Any:
+        for place, layer in enumerate(self.layers):
+            try:
+                if self._draws[place]:
+                    value = self._seeds.seeded(self.plan.layers[place], microbatch, layer, value)
+                else:
+                    value = layer(value)
+            except Exception as error:
+                error.add_note(
+                    f"in layer {self._names[place]!r} ({type(layer).__name__}) of pipeline stage "
+                    f"{self.plan.index}, microbatch {microbatch}"
+                )
+                if "in-place operation" in str(error):
+                    error.add_note("a stage must not change its input in place: other stages may need it")
+                raise
+        return value
 
     def seeded(self, microbatch: int, function: Callable[..., Any], *args: Any) -> Any:
         """The loss of a microbatch: ``function(*args)``, which may draw like a layer. Local."""

@@ -18,6 +18,7 @@ from hpcpar.comm import MPI
 from hpcpar.errors import MismatchError
 from hpcpar.nn.pipeline.label import Label, Parcel, pack
 from hpcpar.nn.pipeline.microbatch import Microbatch, join
+from hpcpar.nn.pipeline.randomness import may_draw
 
 if TYPE_CHECKING:
     from hpcpar.comm import Communicator
@@ -114,6 +115,11 @@ class Step:
             self._outputs[microbatch] = value
 
     @property
+    def loss_may_draw(self) -> bool:
+        """Whether the loss could use random numbers. Local."""
+        return self._loss is not None and self._loss.may_draw
+
+    @property
     def is_complete(self) -> bool:
         """Whether the last stage has done all its forwards. Local."""
         return self._forwards == self._count
@@ -166,6 +172,7 @@ class MicrobatchLosses:
         self._reduction = reduction
         self._scale = scale
         self._replicas = replicas
+        self.may_draw = function is not None and may_draw(function)
         self._losses: dict[int, tuple[float, torch.Tensor]] = {}
 
     def of(self, microbatch: int, value: Any, label: Label) -> torch.Tensor:
