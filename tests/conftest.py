@@ -26,7 +26,7 @@ import pytest
 import torch
 
 from tests.agreement import FAILED, InStep
-from tests.launching import launched_rank
+from tests.launching import launched_rank, launched_size
 
 LAUNCHED = Path(__file__).resolve().parent / "launched"
 LIMIT_S = 120.0
@@ -54,6 +54,10 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if (launched_size() or 1) > 1:  # one rank is enough for what needs no other
+        local = [item for item in items if "local" in item.keywords]
+        config.hook.pytest_deselected(items=local)
+        items[:] = [item for item in items if "local" not in item.keywords]
     for item in items:
         if item.path.is_relative_to(LAUNCHED):
             item.add_marker("launch")

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launching import launched_rank
+pytestmark = pytest.mark.local
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "hpcpar"
@@ -119,8 +119,6 @@ def test_rules_tell_right_from_wrong(where: str, name: str, is_forbidden: bool) 
 
 
 def test_importing_does_not_initialise_mpi() -> None:
-    if launched_rank():
-        return  # one rank is enough to find out
     script = """
 import sys
 import hpcpar, hpcpar.comm, hpcpar.nn, hpcpar.optim

@@ -12,6 +12,8 @@ from hpcpar.cli.main import main
 from hpcpar.nn.pipeline.builders import build_schedule
 from hpcpar.nn.pipeline.schedule import Schedule
 
+pytestmark = pytest.mark.local
+
 
 def run(*arguments: object) -> Result:
     return CliRunner().invoke(main, ["schedule", *map(str, arguments)], prog_name="hpcpar")

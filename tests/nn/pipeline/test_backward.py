@@ -15,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from hpcpar.nn.pipeline.backward import backward_inputs, backward_whole
 
+pytestmark = pytest.mark.local
+
 Outputs = Tensor | tuple[Tensor, ...]
 
 WIDTH = 4

@@ -12,6 +12,8 @@ from hpcpar.nn.pipeline.list_scheduling import forward_only, list_schedule
 from hpcpar.nn.pipeline.schedule import Kind, Schedule
 from hpcpar.nn.pipeline.simulate import simulate
 
+pytestmark = pytest.mark.local
+
 each_name = pytest.mark.parametrize("name", SCHEDULE_NAMES)
 # Below, at, between and above multiples of every number of ranks.
 SIZES = [

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from hpcpar.errors import MismatchError
 from hpcpar.nn.pipeline.layers import Layers, LayerSpec, SpecUse, Use
 
+pytestmark = pytest.mark.local
+
 
 def logits(module: nn.Module, x: Tensor) -> Tensor:
     return F.linear(x, module.weight)

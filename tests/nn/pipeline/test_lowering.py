@@ -13,6 +13,8 @@ from hpcpar.nn.pipeline.lowering import lower
 from hpcpar.nn.pipeline.schedule import Kind, Schedule, messages
 from hpcpar.nn.pipeline.simulate import simulate
 
+pytestmark = pytest.mark.local
+
 each_name = pytest.mark.parametrize("name", SCHEDULE_NAMES)
 
 

@@ -11,6 +11,8 @@ from torch import Tensor
 from hpcpar.errors import MismatchError
 from hpcpar.nn.pipeline.microbatch import Microbatch, Whole, join, split
 
+pytestmark = pytest.mark.local
+
 
 def same_storage(one: Tensor, other: Tensor) -> bool:
     return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()

@@ -22,6 +22,8 @@ from hpcpar.nn.pipeline.partition import balance_layers, check_balance
 from hpcpar.nn.pipeline.profile import LayerProfile, profile_layers
 from hpcpar.nn.pipeline.skip import pop, skippable, stash
 
+pytestmark = pytest.mark.local
+
 # ---- balance -----------------------------------------------------------------------------------------------
 
 

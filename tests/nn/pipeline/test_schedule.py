@@ -10,6 +10,8 @@ from hpcpar.errors import ScheduleError
 from hpcpar.nn.pipeline.builders import SCHEDULE_NAMES, build_schedule
 from hpcpar.nn.pipeline.schedule import Action, Kind, Message, Schedule, messages
 
+pytestmark = pytest.mark.local
+
 ROWS = [["0F0", "0F1", "", "0B0", "0B1"], ["1F0", "1I0", "1F1", None, "1I1", "1W0", "1W1"]]
 
 

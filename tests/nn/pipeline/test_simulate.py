@@ -9,6 +9,8 @@ from hpcpar.nn.pipeline.builders import build_schedule
 from hpcpar.nn.pipeline.schedule import Schedule
 from hpcpar.nn.pipeline.simulate import Simulation, simulate
 
+pytestmark = pytest.mark.local
+
 TWO = Schedule([["0F0", "0F1", "0B0", "0B1"], ["1F0", "1B0", "1F1", "1B1"]])
 
 

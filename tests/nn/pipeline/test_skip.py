@@ -28,6 +28,8 @@ from hpcpar.nn.pipeline.skip import (
     use_tracker,
 )
 
+pytestmark = pytest.mark.local
+
 
 @skippable(stash=["map"])
 class Down(nn.Module):

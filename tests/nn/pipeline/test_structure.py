@@ -17,6 +17,8 @@ from torch import Tensor
 from hpcpar.errors import MismatchError
 from hpcpar.nn.pipeline.structure import BARE_TENSOR, Structure, flatten, map_tensors, unflatten
 
+pytestmark = pytest.mark.local
+
 
 class Pair(NamedTuple):
     left: Any

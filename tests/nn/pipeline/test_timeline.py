@@ -13,6 +13,8 @@ from hpcpar.nn.pipeline.builders import build_schedule
 from hpcpar.nn.pipeline.simulate import simulate
 from hpcpar.nn.pipeline.timeline import Span, Timeline
 
+pytestmark = pytest.mark.local
+
 MEASURED = Timeline(
     (
         Span(1, 14.0, 18.0, "1B0", "B", 1, 0),
