@@ -212,6 +212,15 @@ class Reducer:
         self._open = False
         self._done = [True] * len(self._layouts)
 
+    def give_up(self) -> None:
+        """Leave what is under way unfinished, since another rank has failed. Nothing may follow. Local.
+
+        Otherwise this rank would wait for it when it exits, for the sake of ranks that need it.
+        """
+        with self._busy:
+            ENGINE.discard(self)
+            self._pending, self._open = [], False
+
     def publish(self, bucket: int) -> None:
         """Declare the contents of a bucket final; it is sent when all lower ones are. Never waits.
 

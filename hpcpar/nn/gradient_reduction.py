@@ -223,6 +223,11 @@ class GradientReduction:
         self._average_sparse(0.0)
         return True
 
+    def give_up(self) -> None:
+        """Leave a reduction unfinished, since another rank has failed. Local."""
+        self._open = False
+        self.reducer.give_up()
+
     def free(self) -> None:
         """Remove the hooks, detach the gradients from the buckets, free the reducer. Collective."""
         for handle in self._handles:

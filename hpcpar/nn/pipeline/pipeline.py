@@ -404,6 +404,7 @@ class Pipeline(PipelineModule):
                 self._broken = error
                 where = f"stages {list(self._stages)} of the pipeline"
                 self._alarm.sound(f"{where}: {''.join(traceback.format_exception(error))}")
+                self._reductions.give_up()
             self._runtime.abandon()
             raise
 

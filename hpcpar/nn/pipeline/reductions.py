@@ -160,6 +160,13 @@ class PipelineReductions:
         """Identities of the copied parameters of which this rank has another copy. Local."""
         return {id(p) for copies in self._copies if not copies.is_first for p in copies.parameters}
 
+    def give_up(self) -> None:
+        """Leave what is under way unfinished, after a failure. Local."""
+        for reduction in (*self._of_stage.values(), *self._of_several):
+            reduction.give_up()
+        for copies in self._copies:
+            copies.give_up()
+
     def free(self) -> None:
         """Give windows and communicators back. Collective."""
         self._close()
@@ -191,6 +198,10 @@ class _Copies:
         assert self._reduction is not None
         self._reduction.finish()
         self._reduction.wait_all()
+
+    def give_up(self) -> None:
+        if self._reduction is not None:
+            self._reduction.give_up()
 
     def close(self) -> None:
         if self._reduction is not None:
