@@ -104,10 +104,10 @@ class Alarm:
 
     needed_by_others = False
 
-    def free(self, *, communicators: bool = True) -> None:
+    def free(self) -> None:
         """Give the communicators back, unless unheard words may be left in them. Collective."""
         for channel in self._channels:
-            if communicators and self.is_quiet:
+            if self.is_quiet:
                 channel.Free()
         self._channels, self._processes = [], []
 

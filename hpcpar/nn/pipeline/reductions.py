@@ -146,11 +146,6 @@ class PipelineReductions:
             copies.finish()
 
     @property
-    def first_copies(self) -> set[int]:
-        """Identities of the copied parameters of which this rank has the first copy. Local."""
-        return {id(p) for copies in self._copies if copies.is_first for p in copies.parameters}
-
-    @property
     def copies(self) -> list[tuple[Communicator, list[nn.Parameter]]]:
         """The ranks that have copies of the same parameters as this one, and these, in one order. Local."""
         return [(copies.group, copies.parameters) for copies in self._copies]
