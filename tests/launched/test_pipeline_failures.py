@@ -117,13 +117,14 @@ def test_stopped_rank_is_named_with_the_action_that_needs_it() -> None:
 
 
 def test_slow_rank_is_named_with_stage_action_and_message() -> None:
+    """Ranks 0 and 2 both wait for rank 1; only rank 2 is impatient, so that it is the one that reports."""
     result = run(
         """
 def happen():
     if comm.rank == 1: time.sleep(60)
+if comm.rank == 2: os.environ['HPCPAR_TIMEOUT_S'] = '3'
 train()
-""",
-        timeout_s="3",
+"""
     )
     check_ended_badly(result)
     text = "action 2F0 of pipeline stage 2, which needs the activation of microbatch 0 from stage 1,"
