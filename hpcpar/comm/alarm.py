@@ -21,13 +21,14 @@ from __future__ import annotations
 import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from hpcpar.comm.mpi import MPI
 from hpcpar.comm.node_processes import NodeProcesses
+from hpcpar.comm.peers import acknowledged_deaths
 from hpcpar.comm.progress import ENGINE, DescribedPatience, wait_until
 from hpcpar.errors import RankFailedError
 
@@ -50,6 +51,8 @@ class Alarm:
     ----------
     comms
         The groups that this rank belongs to; ranks of each make their alarms together and in one order.
+    deaths
+        Whether the death of a neighbour's process raises the alarm, too.
 
     Attributes
     ----------
@@ -57,10 +60,11 @@ class Alarm:
         What was heard.
     """
 
-    def __init__(self, comms: Sequence[Communicator]) -> None:
+    def __init__(self, comms: Sequence[Communicator], *, deaths: bool = True) -> None:
         groups = [comm for comm in comms if comm.size > 1]
         self._channels: list[MPITypes.Intracomm] = [comm.mpi.Dup() for comm in groups]
-        self._processes = [NodeProcesses(comm) for comm in groups]
+        self._deaths = deaths
+        self._processes = [NodeProcesses(comm) for comm in groups] if deaths else []
         self._sent: list[tuple[MPITypes.Request, np.ndarray]] = []
         self._next_look = self._next_death_look = 0.0
         self.error: RankFailedError | None = None
@@ -115,7 +119,12 @@ class Alarm:
         if self.error is not None:
             raise self.error
         for place, channel in enumerate(self._channels):
-            message = channel.Improbe(MPI.ANY_SOURCE, 0, status := MPI.Status())
+            status = MPI.Status()
+            try:
+                message = channel.Improbe(MPI.ANY_SOURCE, 0, status)
+            except MPI.Exception as error:  # with fault tolerance, MPI tells of deaths
+                self._hear_of_deaths(channel, acknowledged_deaths(channel, error))
+                continue
             if message is not None:
                 word = bytearray(status.Get_count(MPI.BYTE))
                 message.Recv([word, MPI.BYTE])
@@ -134,18 +143,21 @@ class Alarm:
         raise self.error
 
     def _look_for_deaths(self) -> None:
-        for channel, processes in zip(self._channels, self._processes, strict=True):
-            dead = processes.dead()
-            if dead:
-                where = f"rank {channel.rank} of {channel.size}"
-                self.error = RankFailedError(dead, f"{where} works with ranks {dead}, whose processes died")
-                raise self.error
+        for channel, processes in zip(self._channels, self._processes, strict=False):
+            self._hear_of_deaths(channel, processes.dead())
+
+    def _hear_of_deaths(self, channel: MPITypes.Intracomm, dead: list[int]) -> None:
+        if dead and self._deaths:
+            where = f"rank {channel.rank} of {channel.size}"
+            self.error = RankFailedError(dead, f"{where} works with ranks {dead}, whose processes died")
+            raise self.error
 
     def _tell(self, channel: MPITypes.Intracomm, origin: tuple[int, int], text: str) -> None:
         word = np.frombuffer(pickle.dumps((origin, text)), dtype=np.uint8)
         for rank in range(channel.size):
             if rank != channel.rank:
-                self._sent.append((channel.Isend([word, MPI.BYTE], rank, 0), word))
+                with suppress(MPI.Exception):  # who is dead need not know
+                    self._sent.append((channel.Isend([word, MPI.BYTE], rank, 0), word))
 
 
 def _shortened(text: str) -> str:

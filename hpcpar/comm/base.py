@@ -44,6 +44,11 @@ class CommunicatorBase:
         A duplicate of it for our own messages; ``None`` on a communicator of one rank.
     count_limit
         Largest MPI count in elements; smaller values are for tests of the chunking.
+
+    Attributes
+    ----------
+    attachments : dict
+        What other packages run on this communicator and must find again, by name, such as a server.
     """
 
     def __init__(self, mpi: MPITypes.Intracomm, control: MPITypes.Intracomm | None, count_limit: int) -> None:
@@ -57,6 +62,7 @@ class CommunicatorBase:
         self._roll_call = RollCall(control) if control is not None else None
         self._staged: weakref.WeakSet[Request] = weakref.WeakSet()  # need us until they are complete
         self._tags = int(mpi.Get_attr(MPI.TAG_UB) or 32767)
+        self.attachments: dict[str, object] = {}
 
     @property
     def rank(self) -> int:

@@ -176,6 +176,28 @@ def block_type(dtype: torch.dtype, count: int, limit: int) -> tuple[MPITypes.Dat
     return derived, True
 
 
+def is_readable(tensor: torch.Tensor) -> bool:
+    """Whether MPI can read a tensor where it lies. Local."""
+    is_plain = tensor.device.type == "cpu" and tensor.is_contiguous()
+    return is_plain and not tensor.is_conj() and not tensor.is_neg()
+
+
+def start_bytes(operation: Any, host: torch.Tensor, peer: int, tag: int, limit: int) -> MPITypes.Request:
+    """Start ``Isend`` or ``Irecv`` of a contiguous host tensor as bytes. Point-to-point.
+
+    Cheaper than by the type of the elements, which only reductions need.
+    """
+    handle: MPITypes.Request
+    if host.nbytes <= limit:
+        handle = operation(memory(host), peer, tag)
+        return handle
+    kind, derived = block_type(host.dtype, host.numel(), limit)
+    handle = operation([memory(host), kind], peer, tag)
+    if derived:
+        kind.Free()
+    return handle
+
+
 @dataclass(frozen=True)
 class VectorSpec:
     """A buffer whose parts have sizes of their own, as in ``Alltoallv``: ``[data, counts, displs]``.

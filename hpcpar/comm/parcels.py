@@ -35,9 +35,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from hpcpar.comm.buffers import HostBuffer, block_type, memory
+from hpcpar.comm.buffers import HostBuffer, block_type, is_readable, memory, start_bytes
 from hpcpar.comm.mpi import MPI
 from hpcpar.comm.request import Request
+from hpcpar.comm.tensor_spec import TensorSpec, decode_specs, encode_specs, spec_of
 from hpcpar.errors import CommunicatorFreedError
 
 if TYPE_CHECKING:
@@ -45,21 +46,9 @@ if TYPE_CHECKING:
 
     from hpcpar.comm.communicator import Communicator
 
-__all__ = ["Description", "Incoming", "ParcelExchange", "TensorSpec"]
+__all__ = ["Description", "Incoming", "ParcelExchange"]
 
 _ALIGN_BYTES = 64
-_DTYPES: tuple[torch.dtype, ...] = tuple(
-    getattr(torch, name)
-    for name in (
-        "bool uint8 int8 int16 int32 int64 uint16 uint32 uint64 float16 bfloat16 float32 float64 complex32 "
-        "complex64 complex128 float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz"
-    ).split()
-    if hasattr(torch, name)
-)
-_CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
-
-TensorSpec = tuple[torch.dtype, torch.Size]
-"""Dtype and shape of one tensor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +69,7 @@ class Description:
     @classmethod
     def of(cls, tensors: Sequence[torch.Tensor], label: bytes) -> Description:
         """Describe tensors. Local."""
-        return cls(label, tuple([(tensor.dtype, tensor.shape) for tensor in tensors]))
+        return cls(label, tuple([spec_of(tensor) for tensor in tensors]))
 
 
 class Incoming:
@@ -250,7 +239,7 @@ class ParcelExchange:
                 self._sends = [send for send in self._sends if not send.handle.Test()]
 
     def _start(self, mpi: MPITypes.Intracomm | None, tensor: torch.Tensor, dest: int, tag: int) -> None:
-        host = tensor if _is_readable(tensor) else HostBuffer.to_send(tensor.detach()).host
+        host = tensor if is_readable(tensor) else HostBuffer.to_send(tensor.detach()).host
         self._sends.append(_Send(dest, self._call(_alive(mpi).Isend, host, dest, tag), host))
         self.messages_sent += 1
         self.bytes_sent += host.nbytes
@@ -263,15 +252,7 @@ class ParcelExchange:
             incoming._handles.append(self._call(_alive(mpi).Irecv, buffer.host, incoming.source, tag))
 
     def _call(self, operation: Any, host: torch.Tensor, peer: int, tag: int) -> MPITypes.Request:
-        handle: MPITypes.Request
-        if host.nbytes <= self._comm._count_limit:
-            handle = operation(memory(host), peer, tag % self._tags)  # bytes, without a look at the type
-            return handle
-        kind, derived = block_type(host.dtype, host.numel(), self._comm._count_limit)
-        handle = operation([memory(host), kind], peer, tag % self._tags)
-        if derived:
-            kind.Free()
-        return handle
+        return start_bytes(operation, host, peer, tag % self._tags, self._comm._count_limit)
 
     def _advance(self, incoming: Incoming) -> bool:
         """Test the posted receives; look for a described parcel as long as the first has not arrived."""
@@ -350,12 +331,6 @@ class _Send(NamedTuple):
     host: torch.Tensor
 
 
-def _is_readable(tensor: torch.Tensor) -> bool:
-    """Whether MPI can read a tensor where it lies."""
-    is_plain = tensor.device.type == "cpu" and tensor.is_contiguous()
-    return is_plain and not tensor.is_conj() and not tensor.is_neg()
-
-
 def _alive(mpi: MPITypes.Intracomm | None) -> MPITypes.Intracomm:
     if mpi is None:
         raise CommunicatorFreedError("a parcel exchange must not be used alone or after free()")
@@ -373,8 +348,7 @@ def _cancel(incoming: Incoming) -> None:
 def _pack(description: Description, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """Description and contents in one tensor of bytes: words, label, then each tensor, aligned."""
     words = [len(tensors), len(description.label)]
-    for dtype, shape in description.specs:
-        words += [_CODES[dtype], len(shape), *shape]
+    words += encode_specs(description.specs)
     head = np.array([len(words), *words], dtype=np.int64).tobytes() + description.label
     starts, end = _layout(len(head), description.specs)
     packed = torch.empty(end, dtype=torch.uint8)
@@ -394,12 +368,7 @@ def _unpack(packed: torch.Tensor) -> tuple[Description, list[torch.Tensor]]:
     slots, label_bytes = words[0], words[1]
     label_start = 8 * (count + 1)
     label = array[label_start : label_start + label_bytes].tobytes()
-    specs: list[TensorSpec] = []
-    place = 2
-    for _ in range(slots):
-        dims = words[place + 1]
-        specs.append((_DTYPES[words[place]], torch.Size(words[place + 2 : place + 2 + dims])))
-        place += 2 + dims
+    specs = decode_specs(words[2:], slots)
     starts, _ = _layout(label_start + label_bytes, specs)
     tensors = []
     for start, (dtype, shape) in zip(starts, specs, strict=True):
