@@ -1,0 +1,114 @@
+"""Experts on disk, each in a file of its own, named by its uid.
+
+An expert is the unit that moves: training that goes on with another number of ranks serves or holds the same
+experts elsewhere, and every rank reads the files of those that are its own by then::
+
+    2 ranks   expert.0  expert.1 | expert.2  expert.3        expert.0.h5  expert.1.h5
+    3 ranks   expert.0 | expert.1 | expert.2  expert.3       expert.2.h5  expert.3.h5
+
+What can be saved is whatever has ``get_full_state`` and ``load_full_state``: the backends of a server, and
+the experts of a synchronous layer with their part of the optimizer (:func:`hpcpar.nn.layer_experts`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from hpcpar.checkpoint.state_file import read_state, write_state
+from hpcpar.errors import CheckpointError, HpcparError
+
+if TYPE_CHECKING:
+    from hpcpar.comm import Communicator
+
+__all__ = ["Restorable", "load_experts", "save_experts"]
+
+
+class Restorable(Protocol):
+    """Something with a state that can be taken and given back."""
+
+    def get_full_state(self) -> dict[str, Any]:
+        """A copy of the state."""
+
+    def load_full_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state."""
+
+
+def save_experts(
+    folder: str | os.PathLike[str], experts: Mapping[str, Restorable], comm: Communicator
+) -> None:
+    """Write each expert to ``<folder>/<uid>.h5``. Collective.
+
+    Parameters
+    ----------
+    folder
+        Made if need be; all ranks must see the same one.
+    experts
+        Those of this rank by uid. One that several ranks have (replicas) is written by the first of them.
+    comm
+        All ranks that have some, or none.
+
+    Raises
+    ------
+    CheckpointError
+        On every rank, when one could not write. Files of single experts are always whole.
+    """
+    owners = comm.allgather(sorted(experts))
+    earlier = {uid for uids in owners[: comm.rank] for uid in uids}
+
+    def write() -> None:
+        for uid in sorted(set(experts) - earlier):
+            write_state(_path(folder, uid), experts[uid].get_full_state())
+
+    _together(write, comm)
+
+
+def load_experts(
+    folder: str | os.PathLike[str], experts: Mapping[str, Restorable], comm: Communicator
+) -> None:
+    """Give each expert the state in ``<folder>/<uid>.h5``. Collective.
+
+    Parameters
+    ----------
+    folder, experts, comm
+        As in :func:`save_experts`; the number of ranks, and who has which experts, may differ.
+
+    Raises
+    ------
+    CheckpointError
+        On every rank, when a file is missing, damaged, or does not fit its expert. Experts before it may have
+        been loaded.
+    """
+
+    def read() -> None:
+        for uid in sorted(experts):
+            path = _path(folder, uid)
+            try:
+                experts[uid].load_full_state(read_state(path))
+            except HpcparError as error:
+                raise CheckpointError(f"{path} must fit expert {uid!r}: {error}") from error
+
+    _together(read, comm)
+
+
+def _path(folder: str | os.PathLike[str], uid: str) -> Path:
+    if not uid or "/" in uid or uid.startswith("."):
+        raise CheckpointError(f"uid must be fit for a file name, got {uid!r}")
+    return Path(folder) / f"{uid}.h5"
+
+
+def _together(action: Callable[[], None], comm: Communicator) -> None:
+    """Raise on every rank what went wrong on any. Collective."""
+    problem = None
+    try:
+        action()
+    except CheckpointError as error:
+        problem = str(error)
+    except Exception as error:
+        problem = f"a state must be taken and given without errors, got {type(error).__name__}: {error}"
+    problems = [(rank, text) for rank, text in enumerate(comm.allgather(problem)) if text is not None]
+    if problems:
+        rank, text = problems[0]
+        raise CheckpointError(f"{text} (rank {rank} of {comm.size})")
