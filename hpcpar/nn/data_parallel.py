@@ -15,6 +15,9 @@ Three modes::
 
 Buffers (running statistics) of rank 0 reach all ranks at the end of every synchronised backward in which
 they changed on any rank, so that ``eval()`` and ``state_dict()`` agree everywhere and never communicate.
+
+Parts of the model that differ between ranks, such as experts, are left alone and reduce for themselves
+(:mod:`~hpcpar.nn.own_gradients`).
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from hpcpar.comm import MPI, ReducerStats, world
 from hpcpar.errors import HpcparError, MismatchError
 from hpcpar.nn.gradient_reduction import GradientReduction, ReductionOptions, on_gradient, tensors_in
 from hpcpar.nn.model_signature import check_same_model
+from hpcpar.nn.own_gradients import OwnGradients, own_gradient_modules, own_tensors
 from hpcpar.nn.sparse_gradients import sparse_parameters
 
 if TYPE_CHECKING:
@@ -136,6 +140,7 @@ class DataParallel(nn.Module):
 
     def _reset(self) -> None:
         self._gradients: GradientReduction | None = None
+        self._own: list[OwnGradients] = []
         self._trainable: list[bool] = []
         self._synchronize = True
         self._samples = 0
@@ -155,8 +160,11 @@ class DataParallel(nn.Module):
         output = self.module(*args, **kwargs)
         if not self.training and not self._is_prepared:
             on_gradient(output, self._prepare)  # only backward tells that this is more than an evaluation
-        elif self._gradients is not None and self.training:
-            self._gradients.watch(output)
+        elif self.training:
+            for part in self._own:
+                part.watch(output)
+            if self._gradients is not None:
+                self._gradients.watch(output)
         return output
 
     @contextmanager
@@ -195,6 +203,11 @@ class DataParallel(nn.Module):
             raise MismatchError(f"average must be 'ranks' or 'samples', got {average!r}")
         self._prepare()  # a copy has no reduction before its first training forward
         gradients = self._gradients
+        if self._own and self._comm is not None and self._comm.size > 1:
+            raise HpcparError(
+                "join() must not be used for a model with experts, in whose exchange of tokens all ranks "
+                "take part. Give ranks that run out of batches some with zero tokens"
+            )
         if gradients is None:
             yield
             return
@@ -214,7 +227,7 @@ class DataParallel(nn.Module):
             if optimizer is None:
                 self._broadcast_state(-root)
             elif self._broadcast_buffers:
-                broadcast_packed(list(self.module.buffers()), comm, -root)
+                broadcast_packed(list(self._module_buffers().values()), comm, -root)
         finally:
             gradients.weight = None
 
@@ -229,7 +242,9 @@ class DataParallel(nn.Module):
         self._finish_updates()
         if self._gradients is not None:
             self._gradients.free()
-        self._gradients = None
+        for part in self._own:
+            part.keep_gradients()
+        self._gradients, self._own = None, []
         self._freed = True
 
     # Attributes and copies -------------------------------------------------------------------------------
@@ -294,12 +309,17 @@ class DataParallel(nn.Module):
         """Make the reduction for the parameters that are trainable now. Collective."""
         assert self._comm is not None
         self._trainable = [parameter.requires_grad for parameter in self.module.parameters()]
-        if self._comm.size == 1 or not any(self._trainable):
-            self._gradients = None
+        self._gradients, self._own = None, own_gradient_modules(self.module)
+        for part in self._own:
+            part.share_gradients(self._comm, average=True, options=self._options)
+        self._apply_synchronize()
+        own = own_tensors(self.module)
+        named = [(n, p) for n, p in self.module.named_parameters() if p.requires_grad and id(p) not in own]
+        if self._comm.size == 1 or not named:
             return
         self._gradients = GradientReduction(
-            [(name, p) for name, p in self.module.named_parameters() if p.requires_grad],
-            sparse_parameters(self.module),
+            named,
+            [parameter for parameter in sparse_parameters(self.module) if id(parameter) not in own],
             self._module_buffers if self._broadcast_buffers else dict,
             self._comm,
             self._options,
@@ -310,9 +330,12 @@ class DataParallel(nn.Module):
             self._optimizer.attach(self._gradients)
 
     def _module_buffers(self) -> dict[str, torch.Tensor]:
-        return dict(self.module.named_buffers())
+        own = own_tensors(self.module) if self._own else set()
+        return {name: buffer for name, buffer in self.module.named_buffers() if id(buffer) not in own}
 
     def _apply_synchronize(self) -> None:
+        for part in self._own:
+            part.synchronize = self._synchronize
         if self._gradients is not None:
             self._gradients.synchronize = self._synchronize
 
@@ -334,7 +357,9 @@ class DataParallel(nn.Module):
     def _broadcast_state(self, root: int) -> None:
         comm = self._comm if self._gradients is None else self._gradients.reducer.comm
         assert comm is not None
-        broadcast_packed([*self.module.parameters(), *self.module.buffers()], comm, root)
+        own = own_tensors(self.module)
+        tensors = (*self.module.parameters(), *self.module.buffers())
+        broadcast_packed([tensor for tensor in tensors if id(tensor) not in own], comm, root)
 
 
 def hides_parameters(module: nn.Module) -> bool:

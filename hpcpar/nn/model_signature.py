@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from hpcpar.errors import MismatchError
+from hpcpar.nn.own_gradients import own_tensors
 from hpcpar.nn.sparse_gradients import sparse_parameters
 
 if TYPE_CHECKING:
@@ -24,14 +25,20 @@ __all__ = ["check_same_model", "describe"]
 
 
 def describe(module: nn.Module) -> list[str]:
-    """One line for each parameter and buffer: name, shape, dtype, kind of gradient. Local."""
+    """One line for each parameter and buffer: name, shape, dtype, kind of gradient. Local.
+
+    Without those that a part of the model keeps to itself (:mod:`~hpcpar.nn.own_gradients`).
+    """
+    own = own_tensors(module)
     sparse = {id(parameter) for parameter in sparse_parameters(module)}
     lines = [
         f"parameter {name} {tuple(p.shape)} {p.dtype}{_memory_order(p)} "
         + ("frozen" if not p.requires_grad else "sparse" if id(p) in sparse else "trainable")
         for name, p in module.named_parameters()
+        if id(p) not in own
     ]
-    return lines + [f"buffer {name} {tuple(b.shape)} {b.dtype}" for name, b in module.named_buffers()]
+    buffers = [(name, buffer) for name, buffer in module.named_buffers() if id(buffer) not in own]
+    return lines + [f"buffer {name} {tuple(b.shape)} {b.dtype}" for name, b in buffers]
 
 
 def _memory_order(tensor: torch.Tensor) -> str:

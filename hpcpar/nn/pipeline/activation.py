@@ -20,6 +20,7 @@ recomputation, and is an error.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -120,7 +121,8 @@ class Activation:
             flags = known.get(kind)
             self._versions = [t._version for parcel in self._incoming for t in parcel.tensors]
         if training and flags is None:
-            outputs, value, loss = self._compute(self._stage.overwrites_input)
+            with self._stage.to_be_recomputed() if self._checkpoint else nullcontext():
+                outputs, value, loss = self._compute(self._stage.overwrites_input)
         else:
             # What autocast caches without a graph must not reach a forward that needs one.
             with torch.no_grad(), Contexts.capture(self._device).restored():

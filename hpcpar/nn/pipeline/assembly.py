@@ -20,6 +20,7 @@ from torch import nn
 from hpcpar.nn.data_parallel import broadcast_packed
 from hpcpar.nn.gradient_reduction import ReductionOptions
 from hpcpar.nn.model_signature import check_same_model
+from hpcpar.nn.own_gradients import own_tensors
 from hpcpar.nn.pipeline.batch_norm import convert_deferred_batch_norm
 from hpcpar.nn.pipeline.blueprint import Blueprint, agree
 from hpcpar.nn.pipeline.layers import Layers
@@ -115,7 +116,9 @@ def assemble(
     if data is not None:
         facts = {"plan": plan.describe(), **options}
         agree(groups, lambda: check_same_model(container, data, facts))
-        broadcast_packed([*container.parameters(), *container.buffers()], data, 0)
+        apart = own_tensors(container)
+        shared = [t for t in (*container.parameters(), *container.buffers()) if id(t) not in apart]
+        broadcast_packed(shared, data, 0)
     parameter = next(container.parameters(), None)
     place = torch.device(device or ("cpu" if parameter is None else parameter.device))
     seeds = LayerSeeds(mix(blueprint.seed, 0 if data is None else data.rank), place)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from hpcpar.errors import MismatchError
+from hpcpar.nn.own_gradients import own_gradient_modules, own_tensors
 from hpcpar.nn.pipeline.state import StateOfStages
 
 if TYPE_CHECKING:
@@ -78,12 +79,12 @@ class PipelineModule(nn.Module):
         torch.Tensor
             The norm before, 0-d; parameters that several ranks hold count once.
         """
-        counted = [
-            p.grad for p in self.layers.parameters() if p.grad is not None and id(p) not in self._later_copies
-        ]
-        own = float(torch.nn.utils.get_total_norm(counted, norm_type))
+        apart = self._later_copies | own_tensors(self.layers)
+        counted = [p.grad for p in self.layers.parameters() if p.grad is not None and id(p) not in apart]
+        mine = [float(torch.nn.utils.get_total_norm(counted, norm_type))]
         with self._listening():
-            norms = self._comm.allgather(own)
+            mine += [experts.gradient_norm(norm_type) for experts in own_gradient_modules(self.layers)]
+            norms = [norm for part in self._comm.allgather(mine) for norm in part]
         # Combined in one order on all ranks, so that all scale by the same number.
         total = (
             max(norms) if norm_type == float("inf") else sum(n**norm_type for n in norms) ** (1 / norm_type)

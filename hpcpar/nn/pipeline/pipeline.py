@@ -214,6 +214,8 @@ class Pipeline(PipelineModule):
             step = self._step(inputs, targets, training=True, scale=scale)
             self._reductions.begin()
             self._seeds.begin(training=True)
+            for stage in self._stages.values():
+                stage.inject_losses(scale / self._microbatches)
             with torch.enable_grad():
                 self._runtime.run(step)
             with self._runtime.recorder.waiting("reduce"):

@@ -9,6 +9,7 @@
     data parallel    0 ~ 3                 1 ~ 4           2 ~ 5         mean, bucket by bucket, from the
                                                                          last backward of each stage on
     copies           0 ~ 2,  3 ~ 5                                       sum, when all backwards are done
+    experts          those that have the same ones                       mean, when all backwards are done
 
 The mean over replicas starts inside the last backward of each stage, which comes at different times on
 different ranks: the last stages reduce while the first still compute (the cool-down). Parameters in several
@@ -30,6 +31,7 @@ from torch import nn
 from hpcpar.comm import MPI
 from hpcpar.nn.data_parallel import broadcast_packed
 from hpcpar.nn.gradient_reduction import GradientReduction, ReductionOptions
+from hpcpar.nn.own_gradients import own_gradient_modules
 from hpcpar.nn.pipeline.layers import Layers
 from hpcpar.nn.pipeline.plan import PipelinePlan
 from hpcpar.nn.pipeline.stage import Stage
@@ -79,6 +81,17 @@ class PipelineReductions:
         self._of_stage: dict[int, GradientReduction] = {}
         self._of_several: list[GradientReduction] = []
         self._finished: set[int] = set()
+        self._experts = [
+            part
+            for stage in stages.values()
+            for layer in stage.layers
+            for part in own_gradient_modules(layer)
+        ]
+        self._apart = {id(p) for experts in self._experts for p in experts.own_parameters()}
+        for experts in self._experts:
+            if self._data is not None:
+                experts.share_gradients(self._data, average=True, options=options)
+            experts.synchronize = False
         self._open()
 
     def begin(self) -> None:
@@ -100,7 +113,7 @@ class PipelineReductions:
             copies.open(self._names, self._options)
         if self._data is None:
             return
-        for owner, some in _by_owner(self._stages).items():
+        for owner, some in _by_owner(self._stages, self._apart).items():
             named = [(self._names[id(p)], p) for p in some]
             reduction = GradientReduction(named, [], dict, self._data, self._options)
             _let_owner_end(reduction)
@@ -142,6 +155,8 @@ class PipelineReductions:
                 reduction.finish()
             for reduction in (*self._of_stage.values(), *self._of_several):
                 reduction.wait_all()
+            for experts in self._experts:
+                experts.reduce_now()
         for copies in self._copies:
             copies.finish()
 
@@ -159,6 +174,8 @@ class PipelineReductions:
         """Leave what is under way unfinished, after a failure. Local."""
         for reduction in (*self._of_stage.values(), *self._of_several):
             reduction.give_up()
+        for experts in self._experts:
+            experts.give_up()
         for copies in self._copies:
             copies.give_up()
 
@@ -210,13 +227,16 @@ def _let_owner_end(reduction: GradientReduction) -> None:
     reduction.overlapped = lambda: None
 
 
-def _by_owner(stages: dict[int, Stage]) -> dict[int | None, list[nn.Parameter]]:
-    """The trainable parameters of each local stage, and under ``None`` those that several stages have."""
+def _by_owner(stages: dict[int, Stage], apart: set[int]) -> dict[int | None, list[nn.Parameter]]:
+    """The trainable parameters of each local stage, and under ``None`` those that several stages have.
+
+    Without those whose identities are in ``apart``.
+    """
     owners: dict[int, set[int]] = {}
     parameters: dict[int, nn.Parameter] = {}
     for index, stage in stages.items():
         for parameter in stage.parameters:
-            if parameter.requires_grad:
+            if parameter.requires_grad and id(parameter) not in apart:
                 owners.setdefault(id(parameter), set()).add(index)
                 parameters[id(parameter)] = parameter
     groups: dict[int | None, list[nn.Parameter]] = {}

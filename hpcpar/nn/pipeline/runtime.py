@@ -19,6 +19,8 @@ Invariants:
 
 * Actions that add to the same gradients keep their order, so a run can be repeated bit by bit whatever the
   timing.
+* Where stages meet their replicas inside of an action (experts, synchronised batch norm), all replicas must
+  come to the same one: then the order is the schedule's, and nothing overtakes or starts early.
 * Nothing here blocks: sends are started and forgotten, receives are posted for the window, so a
   rendezvous can never dead-lock. All waiting is in one place, has a deadline that names the action, what it
   waits for and from whom, and hears alarms.
@@ -100,6 +102,7 @@ class Runtime:
         self._comm = comm
         self._device = device
         self._groups = groups
+        self._keeps_order = any(stage.meets_replicas for stage in stages.values())
         self._mail = Mail(plan, comm, device)
         self.recorder = Recorder(comm)
         self._usual_s: dict[tuple[Kind, int], float] = {}
@@ -242,7 +245,7 @@ class Runtime:
         first = self._pending[0]
         if self._is_ready(first):
             return first
-        if waited_s is None:
+        if waited_s is None or self._keeps_order:
             return None
         late = [first]
         for task in self._pending[1:_WINDOW]:
@@ -294,6 +297,8 @@ class Runtime:
 
     def _recompute_ahead(self) -> None:
         """Start the recomputation of the next backward, if it needs one, before its gradient is there."""
+        if self._keeps_order:
+            return
         for task in self._pending[:_WINDOW]:
             if task.kind in _BACKWARDS:
                 activation = self._activations.get(task.key)

@@ -13,12 +13,15 @@ found out, and a recomputation gets copies of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from hpcpar.nn.batch_norm import SyncBatchNorm
+from hpcpar.nn.experts.replay import replaying, to_be_replayed
+from hpcpar.nn.own_gradients import InjectsLosses, OwnGradients, own_tensors
 from hpcpar.nn.pipeline.batch_norm import DeferredBatchNorm
 from hpcpar.nn.pipeline.plan import StagePlan
 from hpcpar.nn.pipeline.randomness import LayerSeeds, may_draw
@@ -49,6 +52,11 @@ class Stage:
         Their names in the unsplit model, for errors.
     seeds
         Of this rank's layers.
+
+    Attributes
+    ----------
+    meets_replicas : bool
+        Whether computing it is Collective over its replicas.
     """
 
     def __init__(
@@ -63,6 +71,12 @@ class Stage:
         self._deferred = [
             module for layer in layers for module in layer.modules() if isinstance(module, DeferredBatchNorm)
         ]
+        self._injecting = [m for layer in layers for m in layer.modules() if isinstance(m, InjectsLosses)]
+        self.meets_replicas = any(
+            isinstance(module, (OwnGradients, SyncBatchNorm))
+            for layer in layers
+            for module in layer.modules()
+        )
         self._draws: list[bool] = []
         self._has_skips = any(stash_names(layer) or pop_names(layer) for layer in layers)
         self.overwrites_input = _overwrites_input(self.layers)
@@ -78,12 +92,17 @@ class Stage:
 
     @property
     def buffers(self) -> list[tuple[torch.Tensor, bool]]:
-        """Each buffer but the deferred statistics, and whether training changes it here; alike everywhere."""
-        deferred = {id(buffer) for layer in self._deferred for buffer in layer.buffers()}
+        """Each buffer that replicas share, and whether training changes it here; alike everywhere.
+
+        Not the deferred statistics, nor the buffers of experts that other replicas have not.
+        """
+        others = {id(buffer) for layer in self._deferred for buffer in layer.buffers()}
+        for layer in self.layers:
+            others |= own_tensors(layer)
         return [
             (watched.home[watched.name], watched.changes)
             for watched in self._watched or ()
-            if id(watched.home[watched.name]) not in deferred
+            if id(watched.home[watched.name]) not in others
         ]
 
     def run(
@@ -145,11 +164,24 @@ class Stage:
         modules = [module.training for layer in self.layers for module in layer.modules()]
         return (*modules, *(p.requires_grad for layer in self.layers for p in layer.parameters()))
 
+    def inject_losses(self, scale: float) -> None:
+        """Have layers with losses of their own add their gradients, times ``scale``, in backward. Local."""
+        for module in self._injecting:
+            module.inject_losses(scale)
+
     def end_step(self, replicas: Communicator | None) -> None:
         """Update deferred running statistics. Collective over ``replicas`` of the stage, if given."""
         for layer in self._deferred:
             if layer.training:
                 layer.commit(replicas)
+
+    @contextmanager
+    def to_be_recomputed(self) -> Iterator[None]:
+        """Around a forward whose graph is dropped. Local."""
+        with ExitStack() as stack:
+            for part in self.layers:
+                stack.enter_context(to_be_replayed(part))
+            yield
 
     @contextmanager
     def recomputing(self) -> Iterator[None]:
@@ -164,7 +196,10 @@ class Stage:
         for layer in self._deferred:
             layer.is_recomputing = True
         try:
-            yield
+            with ExitStack() as stack:
+                for part in self.layers:
+                    stack.enter_context(replaying(part))
+                yield
         finally:
             for layer in self._deferred:
                 layer.is_recomputing = False

@@ -16,6 +16,7 @@ from torch import nn
 
 from hpcpar.errors import MismatchError
 from hpcpar.nn.data_parallel import broadcast_packed
+from hpcpar.nn.own_gradients import SpreadState
 
 if TYPE_CHECKING:
     from hpcpar.comm import Communicator
@@ -52,7 +53,10 @@ class StateOfStages:
         self._placeholder = placeholder
         self._comm = comm
         self._place = {name: index for index, name in enumerate(order)}
+        self._spread = {name: part for name, part in layers.named_modules() if isinstance(part, SpreadState)}
         mine = list(layers.state_dict().keys())
+        for prefix, part in self._spread.items():
+            mine += [f"{prefix}.{name}" for name in part.full_state_names()]
         self._known = {name for names in comm.allgather(mine) for name in names}
         aliases: dict[int, list[str]] = {}
         for name, parameter in layers.named_parameters(remove_duplicate=False):
@@ -66,10 +70,16 @@ class StateOfStages:
                 self._aliases[id(parameter)] = sorted(everywhere, key=self._place_of)
 
     def gather(self, local: Mapping[str, Any]) -> dict[str, Any]:
-        """The states of all ranks together, in the order of the layers. Collective."""
+        """The states of all ranks together, in the order of the layers. Collective.
+
+        Over the replicas as well, when there are layers of which each has a part.
+        """
+        local = dict(local)
+        for prefix, part in self._spread.items():
+            local.update({f"{prefix}.{name}": value for name, value in part.full_state_dict().items()})
         full: dict[str, Any] = {}
         for root in range(self._comm.size):
-            full.update(self._broadcast(dict(local), root))
+            full.update(self._broadcast(local, root))
         return dict(sorted(full.items(), key=lambda item: self._place_of(item[0])))
 
     def load(self, state: Mapping[str, Any], *, strict: bool) -> Any:

@@ -1,0 +1,98 @@
+"""Agreement: what all ranks must have been given alike, and failures that all ranks must share.
+
+A layer is made and called by all ranks together. A mistake on one of them, found before the ranks exchange
+tokens, becomes the same error on all, so that none is left waiting in the next collective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+
+from hpcpar.comm import MPI
+from hpcpar.errors import MismatchError
+
+if TYPE_CHECKING:
+    from hpcpar.comm import Communicator
+
+__all__ = ["agree", "check_alike", "largest_and_smallest"]
+
+T = TypeVar("T")
+
+_NOTHING = -(2**62)
+
+
+def agree(comm: Communicator, subject: str, attempt: Callable[[], T]) -> T:
+    """Do something on every rank that may fail on some; then it fails on all. Collective.
+
+    Parameters
+    ----------
+    comm
+        The ranks.
+    subject
+        What it is for; the subject of the error.
+    attempt
+        What to do. Local.
+
+    Raises
+    ------
+    MismatchError
+        Where the attempt succeeded but another rank's did not. A rank's own error is raised as it is.
+    """
+    result: list[T] = []
+    problem: Exception | None = None
+    try:
+        result.append(attempt())
+    except Exception as error:
+        problem = error
+    text = None if problem is None else f"{type(problem).__name__} on rank {comm.rank}: {problem}"
+    first = next((other for other in comm.allgather(text) if other is not None), None)
+    if problem is not None:
+        raise problem
+    if first is not None:
+        raise MismatchError(f"{subject} must be possible on all ranks, got {first}")
+    return result[0]
+
+
+def check_alike(comm: Communicator, subject: str, lines: Sequence[str]) -> None:
+    """Raise on every rank when the ranks' descriptions differ. Collective.
+
+    Raises
+    ------
+    MismatchError
+        Shows the first line that differs from rank 0's.
+    """
+    everyone = comm.allgather(list(lines))
+    for rank, others in enumerate(everyone):
+        pairs = zip([*everyone[0], "nothing more"], [*others, "nothing more"], strict=False)
+        different = next((pair for pair in pairs if pair[0] != pair[1]), None)
+        if different is not None:
+            raise MismatchError(
+                f"{subject} must be made alike on all ranks, got {different[0]!r} on rank 0 and "
+                f"{different[1]!r} on rank {rank}"
+            )
+
+
+def largest_and_smallest(comm: Communicator, facts: Mapping[str, int | None]) -> dict[str, tuple[int, int]]:
+    """The largest and the smallest value of each fact over the ranks. Collective, one message.
+
+    Parameters
+    ----------
+    comm
+        The ranks.
+    facts
+        Integers by name, ``None`` where this rank has none; the same names in the same order on every rank.
+
+    Returns
+    -------
+    dict
+        Where no rank has a value, the largest is smaller than the smallest.
+    """
+    signed = [_NOTHING if v is None else sign * v for v in facts.values() for sign in (1, -1)]
+    if comm.size > 1:
+        values = torch.tensor(signed)
+        comm.Allreduce(MPI.IN_PLACE, values, MPI.MAX)
+        signed = values.tolist()
+    return {name: (signed[2 * i], -signed[2 * i + 1]) for i, name in enumerate(facts)}

@@ -1,0 +1,114 @@
+"""The experts of synchronous layers one by one, for checkpoints that load on another number of ranks.
+
+A model with expert layers has two kinds of state: what all ranks have alike, and experts, of which each rank
+has its own. The first is saved as always, by one rank. Of the second each expert is taken by itself, with its
+part of the optimizer's state, under a uid that does not depend on ranks::
+
+    blocks.1.mlp  on 2 ranks   blocks.1.mlp.expert.0  .1 | .2  .3
+                  on 4 ranks   blocks.1.mlp.expert.0 | .1 | .2 | .3
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from hpcpar.errors import MismatchError
+from hpcpar.nn.experts.layer import MixtureOfExperts
+
+__all__ = ["LayerExpert", "layer_experts"]
+
+
+def layer_experts(
+    module: nn.Module, optimizer: torch.optim.Optimizer | None = None
+) -> dict[str, LayerExpert]:
+    """Experts of this rank in all :class:`~hpcpar.nn.MixtureOfExperts` of a model, by uid. Local.
+
+    Parameters
+    ----------
+    module
+        The model, wrapped in :class:`~hpcpar.nn.DataParallel` or not: the uids are the same.
+    optimizer
+        Of the model; with it the state of an expert includes that of its parameters.
+
+    Examples
+    --------
+    >>> hpcpar.checkpoint.save_experts("run/experts", hpcpar.nn.layer_experts(model, optimizer), comm)
+    """
+    found = {}
+    for name, layer in module.named_modules():
+        if isinstance(layer, MixtureOfExperts):
+            words = [word for word in name.split(".") if word]
+            prefix = ".".join([*words[words[:1] == ["module"] :], "expert"])
+            for number, expert in layer.experts.items():
+                found[f"{prefix}.{number}"] = LayerExpert(expert, optimizer)
+    return found
+
+
+class LayerExpert:
+    """One expert of a layer, as something whose state can be taken and given back. Local.
+
+    Parameters
+    ----------
+    expert
+        The module.
+    optimizer
+        Of its parameters, among others; ``None`` for states without it.
+    """
+
+    def __init__(self, expert: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+        self._expert = expert
+        self._optimizer = optimizer
+
+    def get_full_state(self) -> dict[str, Any]:
+        """A copy: ``model``, and by parameter name ``optimizer``, ``None`` without one. Local."""
+        model = {name: value.detach().clone() for name, value in self._expert.state_dict().items()}
+        if self._optimizer is None:
+            return {"model": model, "optimizer": None}
+        self._settle()
+        states = {
+            name: copy.deepcopy(dict(self._optimizer.state[parameter]))
+            for name, parameter in self._expert.named_parameters()
+            if parameter in self._optimizer.state
+        }
+        return {"model": model, "optimizer": states}
+
+    def load_full_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from such a state. Local.
+
+        Raises
+        ------
+        MismatchError
+            When it is not one of such an expert, or lacks the optimizer's part that is wanted here.
+        """
+        if self._optimizer is not None and state.get("optimizer") is None:
+            raise MismatchError("the state of an expert must have that of its optimizer, got one without")
+        self._settle()
+        try:
+            self._expert.load_state_dict(state["model"])
+        except (RuntimeError, KeyError) as error:
+            raise MismatchError(f"the state must be that of such an expert: {error}") from error
+        if self._optimizer is None:
+            return
+        for name, parameter in self._expert.named_parameters():
+            saved = state["optimizer"].get(name)
+            if saved is not None:
+                self._optimizer.state[parameter] = {
+                    key: value.to(parameter.device, copy=True) if _is_elementwise(value) else copy.copy(value)
+                    for key, value in saved.items()
+                }
+
+    def _settle(self) -> None:
+        """An overlapping optimizer may have steps to do."""
+        finish = getattr(self._optimizer, "finish", None)
+        if finish is not None:
+            finish()
+
+
+def _is_elementwise(value: object) -> bool:
+    """Whether it belongs where the parameter is; counts of steps stay on the host."""
+    return isinstance(value, torch.Tensor) and value.dim() > 0
