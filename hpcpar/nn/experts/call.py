@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from hpcpar.errors import HpcparError, MismatchError
-from hpcpar.nn.experts.agreement import largest_and_smallest
+from hpcpar.nn.agreement import largest_and_smallest
 from hpcpar.nn.experts.exchange import Exchange
 from hpcpar.nn.experts.gate import TopKGate, router_dtype
 from hpcpar.nn.experts.replay import RoutingMemory

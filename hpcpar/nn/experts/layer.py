@@ -27,8 +27,8 @@ import torch
 from torch import nn
 
 from hpcpar.comm import world
+from hpcpar.nn.agreement import agree, check_alike
 from hpcpar.nn.data_parallel import broadcast_packed
-from hpcpar.nn.experts.agreement import agree, check_alike
 from hpcpar.nn.experts.call import Call, agree_on_call, agree_on_output, judge
 from hpcpar.nn.experts.construction import Expert, build_experts, describe_layer, draw_seed
 from hpcpar.nn.experts.dispatch import combine, dispatch, without_rows
@@ -111,7 +111,7 @@ class MixtureOfExperts(nn.Module):
         self._exchange = Exchange(world() if comm is None else comm)
         ranks = self._exchange.comm
         lines = agree(
-            ranks,
+            [ranks],
             "a mixture of experts",
             lambda: describe_layer(gate, experts, top_k, capacity_factor, shared_expert),
         )
@@ -124,7 +124,7 @@ class MixtureOfExperts(nn.Module):
         self.placement = Placement(self.num_experts, ranks.size)
         seed = draw_seed(experts, ranks)
         local = self.placement.experts_of(ranks.rank)
-        built = agree(ranks, "experts", lambda: build_experts(experts, local, seed))
+        built = agree([ranks], "experts", lambda: build_experts(experts, local, seed))
         self.experts = LocalExperts(built, self.placement, self._exchange)
         self.shared_expert = shared_expert
         replicated = [module for module in (gate, shared_expert) if module is not None]

@@ -28,8 +28,8 @@ from torch import nn
 
 from hpcpar.comm import MPI
 from hpcpar.errors import MismatchError
+from hpcpar.nn.agreement import agree
 from hpcpar.nn.data_parallel import broadcast_packed
-from hpcpar.nn.experts.agreement import agree
 from hpcpar.nn.experts.placement import Placement
 from hpcpar.nn.gradient_reduction import GradientReduction, ReductionOptions
 from hpcpar.nn.sparse_gradients import sparse_parameters
@@ -85,7 +85,7 @@ class ReplicaGradients:
         self._experts = experts
         self._options = options
         self._reduction: GradientReduction | None = None
-        agree(comm, "sharing of gradients of experts", lambda: _check_inside(ranks, comm))
+        agree([comm], "sharing of gradients of experts", lambda: _check_inside(ranks, comm))
         placements = comm.allgather((placement.num_experts, placement.num_ranks))
         if len(set(placements)) > 1:
             raise MismatchError(

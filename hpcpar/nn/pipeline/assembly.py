@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from hpcpar.nn.agreement import agree
 from hpcpar.nn.data_parallel import broadcast_packed
 from hpcpar.nn.gradient_reduction import ReductionOptions
 from hpcpar.nn.model_signature import check_same_model
 from hpcpar.nn.own_gradients import own_tensors
 from hpcpar.nn.pipeline.batch_norm import convert_deferred_batch_norm
-from hpcpar.nn.pipeline.blueprint import Blueprint, agree
+from hpcpar.nn.pipeline.blueprint import Blueprint
 from hpcpar.nn.pipeline.layers import Layers
 from hpcpar.nn.pipeline.plan import PipelinePlan
 from hpcpar.nn.pipeline.randomness import LayerSeeds, mix
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Assembly", "assemble"]
 
+_SUBJECT = "a pipeline"
 _WEIGHTS = -2  # tells the seeds of weights from those of layers at work
 
 
@@ -106,16 +108,16 @@ def assemble(
         wire = {name: options[name] for name in ("bucket_mb", "wire_dtype", "transport")}
         return layers, blueprint, ReductionOptions(blocking=False, progress="hooks", **wire)
 
-    layers, drawn, reduction = agree(groups, draw)
-    blueprint = agree(groups, lambda: drawn.adopted_by_all(comm))
-    plan = agree(groups, lambda: blueprint.plan(layers, options["reuse"]))
+    layers, drawn, reduction = agree(groups, _SUBJECT, draw)
+    blueprint = agree(groups, _SUBJECT, lambda: drawn.adopted_by_all(comm))
+    plan = agree(groups, _SUBJECT, lambda: blueprint.plan(layers, options["reuse"]))
     mine = [stage for stage in plan.stages if stage.rank == comm.rank]
     indices = [index for stage in mine for index in stage.layers]
     deferred = bool(options["deferred_batch_norm"])
-    agree(groups, lambda: _build(layers, indices, container, blueprint.seed, device, deferred))
+    agree(groups, _SUBJECT, lambda: _build(layers, indices, container, blueprint.seed, device, deferred))
     if data is not None:
         facts = {"plan": plan.describe(), **options}
-        agree(groups, lambda: check_same_model(container, data, facts))
+        agree(groups, _SUBJECT, lambda: check_same_model(container, data, facts))
         apart = own_tensors(container)
         shared = [t for t in (*container.parameters(), *container.buffers()) if id(t) not in apart]
         broadcast_packed(shared, data, 0)

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -30,9 +30,7 @@ from hpcpar.nn.progress_trial import PROGRESS_CHOICES
 if TYPE_CHECKING:
     from hpcpar.comm import Communicator
 
-__all__ = ["Blueprint", "agree", "check_options"]
-
-T = TypeVar("T")
+__all__ = ["Blueprint", "check_options"]
 
 REUSE_MODES = ("route", "replicate")
 
@@ -129,40 +127,6 @@ class Blueprint:
         skips = check_skips(names)
         tied = layers.tied_groups() if reuse == "route" else []
         return make_plan(self.schedule, self.balance, tied, skips)
-
-
-def agree(groups: Sequence[Communicator], attempt: Callable[[], T]) -> T:
-    """Do something on every rank that may fail on some; then it fails on all. Collective.
-
-    Parameters
-    ----------
-    groups
-        The ranks of the pipeline, and the replicas of this rank's stages, if any. A failure in one replica
-        reaches each rank of the others over the latter.
-    attempt
-        What to do. It may be collective over one of the groups if it fails on all of its ranks or on none.
-
-    Raises
-    ------
-    MismatchError
-        Where the attempt succeeded but another rank's did not. A rank's own error is raised as it is.
-    """
-    result: list[T] = []
-    problem: Exception | None = None
-    try:
-        result.append(attempt())
-    except Exception as error:
-        problem = error
-    text = None
-    if problem is not None:
-        text = f"{type(problem).__name__} on rank {groups[0].rank}: {problem}"
-    for group in groups:
-        text = next((other for other in group.allgather(text) if other is not None), None)
-    if problem is not None:
-        raise problem
-    if text is not None:
-        raise MismatchError(f"a pipeline must be possible on all ranks, got {text}")
-    return result[0]
 
 
 def check_options(options: dict[str, Any]) -> None:

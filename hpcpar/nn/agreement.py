@@ -1,7 +1,7 @@
 """Agreement: what all ranks must have been given alike, and failures that all ranks must share.
 
-A layer is made and called by all ranks together. A mistake on one of them, found before the ranks exchange
-tokens, becomes the same error on all, so that none is left waiting in the next collective.
+A pipeline, or a layer of experts, is made and called by all its ranks together. A mistake on one of them
+becomes the same error on all, so that none is left waiting in the next collective.
 """
 
 from __future__ import annotations
@@ -24,17 +24,18 @@ T = TypeVar("T")
 _NOTHING = -(2**62)
 
 
-def agree(comm: Communicator, subject: str, attempt: Callable[[], T]) -> T:
+def agree(groups: Sequence[Communicator], subject: str, attempt: Callable[[], T]) -> T:
     """Do something on every rank that may fail on some; then it fails on all. Collective.
 
     Parameters
     ----------
-    comm
-        The ranks.
+    groups
+        The sets of ranks that this rank belongs to, such as those of a pipeline and the replicas of one of
+        its stages. A failure reaches each rank of the others, group by group.
     subject
         What it is for; the subject of the error.
     attempt
-        What to do. Local.
+        What to do. It may be collective over one of the groups if it fails on all of its ranks or on none.
 
     Raises
     ------
@@ -47,12 +48,15 @@ def agree(comm: Communicator, subject: str, attempt: Callable[[], T]) -> T:
         result.append(attempt())
     except Exception as error:
         problem = error
-    text = None if problem is None else f"{type(problem).__name__} on rank {comm.rank}: {problem}"
-    first = next((other for other in comm.allgather(text) if other is not None), None)
+    text = None
+    if problem is not None:
+        text = f"{type(problem).__name__} on rank {groups[0].rank}: {problem}"
+    for group in groups:
+        text = next((other for other in group.allgather(text) if other is not None), None)
     if problem is not None:
         raise problem
-    if first is not None:
-        raise MismatchError(f"{subject} must be possible on all ranks, got {first}")
+    if text is not None:
+        raise MismatchError(f"{subject} must be possible on all ranks, got {text}")
     return result[0]
 
 
