@@ -71,6 +71,8 @@ bench: env  ## benchmarks on two ranks, both MPIs, and one on eight ranks that s
 	$(OPENMPI_RUN) benchmarks/pipeline.py
 	$(MPICH_RUN) benchmarks/pipeline.py --memory
 	$(MPICH)/bin/mpirun -n 8 $(MPICH)/bin/python benchmarks/pipeline_sleep.py
+	$(MPICH_RUN) benchmarks/experts.py
+	$(OPENMPI_RUN) benchmarks/experts.py
 
 clean:  ## remove build outputs and caches; the environments stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

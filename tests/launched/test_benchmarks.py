@@ -147,3 +147,20 @@ def test_mistake_ends_all_ranks_with_one_message(benchmark: str, arguments: list
     assert result.returncode != 0
     assert result.stderr.count(message) == 1
     assert "Traceback" not in result.stderr
+
+
+def test_experts_reports_latency_load_and_the_layer(tmp_path: Path) -> None:
+    content, screen = record("experts", 2, tmp_path)
+    assert [(row["rows"], row["direction"]) for row in content["latency"]] == [
+        (1, "forward"),
+        (1, "forward + backward"),
+        (64, "forward"),
+        (64, "forward + backward"),
+    ]
+    for row in content["latency"]:
+        assert row["remote"] > 0.0 and row["ping_pong"] > 0.0 and row["local"] > 0.0
+    (load,) = content["load"]
+    assert load["slowest_s"] >= load["median_s"] > 0.0 and load["mean_batch"] >= 1.0
+    (layer,) = content["layer"]
+    assert set(layer["seconds"]) == {"hpcpar", "torch over gloo", "dense", "experts only"}
+    assert "goal: outside of experts" in screen and "goal: extra at most 150" in screen
