@@ -95,7 +95,7 @@ class Task:
 
 def cut(tensors: list[torch.Tensor], seed: int | None, training: bool, max_batch_size: int) -> list[Task]:
     """Tasks of at most ``max_batch_size`` rows that share one answer. Local."""
-    rows = len(tensors[0])
+    rows = tensors[0].shape[0]
     key = (training, *((tensor.dtype, tensor.device, tensor.shape[1:]) for tensor in tensors))
     if rows <= max_batch_size:
         return [Task(tensors, Request(rows, seed, training), key, Answer(1), 0)]
@@ -155,6 +155,8 @@ class Batch:
         several = isinstance(result, (tuple, list))
         for tensor in result if several else (result,):
             self._check_result(tensor, nullable=several)
+        if len(self.tasks) == 1:
+            return [result]
         stops = [0]
         for task in self.tasks:
             stops.append(stops[-1] + task.request.rows)
@@ -163,7 +165,7 @@ class Batch:
     def _check_result(self, tensor: Any, *, nullable: bool) -> None:
         if tensor is None and nullable:
             return
-        if not isinstance(tensor, torch.Tensor) or tensor.ndim == 0 or len(tensor) != self.rows:
+        if not isinstance(tensor, torch.Tensor) or tensor.ndim == 0 or tensor.shape[0] != self.rows:
             got = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
             raise MismatchError(
                 f"a pool's function must return a tensor, or a tuple of them, of {self.rows} rows, got {got}"

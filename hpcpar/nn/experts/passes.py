@@ -29,13 +29,11 @@ from torch import nn
 from hpcpar.errors import MismatchError
 from hpcpar.nn.experts.batching import Request
 from hpcpar.nn.experts.private_random import PrivateRandom
-from hpcpar.nn.experts.probe import Traits, buffers_restored, device_of, in_mode
+from hpcpar.nn.experts.probe import Traits, buffers_restored, in_mode
 from hpcpar.nn.experts.schema import ExpertSchema
 from hpcpar.nn.pipeline.randomness import without_autocast
 
 __all__ = ["ExpertPasses", "joined"]
-
-_CPU = torch.device("cpu")
 
 
 class ExpertPasses:
@@ -124,7 +122,7 @@ class ExpertPasses:
             tensors = [tensor.clone() for tensor in tensors]
         args, kwargs = self.schema.unflatten_call(tensors)
         # A caller's autocast is not the server's: outputs must have the dtypes of the schema.
-        with without_autocast(device_of(self.expert) or _CPU):
+        with without_autocast(tensors[0].device):
             outputs = self.schema.flatten_outputs(self.expert(*args, **kwargs))
         if any(len(output) != len(tensors[0]) for output in outputs):
             raise MismatchError(

@@ -62,12 +62,15 @@ class ExpertSchema:
     outputs: Any
     inputs: tuple[BatchTensorDescriptor, ...] = field(init=False, compare=False, repr=False)
     flat_outputs: tuple[BatchTensorDescriptor, ...] = field(init=False, compare=False, repr=False)
+    _is_flat: bool = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "args", tuple(self.args))
         object.__setattr__(self, "kwargs", {name: self.kwargs[name] for name in sorted(self.kwargs)})
         object.__setattr__(self, "inputs", descriptors_in((self.args, self.kwargs)))
         object.__setattr__(self, "flat_outputs", descriptors_in(self.outputs))
+        is_flat = not self.kwargs and all(isinstance(arg, BatchTensorDescriptor) for arg in self.args)
+        object.__setattr__(self, "_is_flat", is_flat)
         if not self.inputs or not self.flat_outputs:
             raise MismatchError(
                 f"a schema must have an input and an output at least, got {len(self.inputs)} inputs and "
@@ -136,6 +139,8 @@ class ExpertSchema:
 
     def unflatten_call(self, tensors: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments and keywords of a call from its tensors, the reverse of :meth:`flatten_call`. Local."""
+        if self._is_flat and len(tensors) == len(self.inputs):
+            return tuple(tensors), {}  # as most experts have it
         args, kwargs = _put_together((self.args, self.kwargs), self.inputs, tensors)
         return args, kwargs
 

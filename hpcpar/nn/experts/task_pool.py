@@ -206,7 +206,7 @@ class TaskPool:
                 f"a task must consist of batched tensors, got {[type(t).__name__ for t in tensors]} "
                 f"(task pool {self.name!r})"
             )
-        if any(len(tensor) != len(tensors[0]) for tensor in tensors):
+        if any(tensor.shape[0] != tensors[0].shape[0] for tensor in tensors):
             raise MismatchError(
                 "tensors of a task must have the same number of rows, got "
                 f"{[len(tensor) for tensor in tensors]} (task pool {self.name!r})"
