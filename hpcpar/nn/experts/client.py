@@ -90,9 +90,12 @@ class RemoteExpert(nn.Module):
         inputs = record.schema.flatten_call(args, kwargs)
         seed = draw_seed() if record.draws and self.training else None
         request = _Request(network, record, self.training, seed, *self._timeouts)
-        # Backward must come by even when no input needs a gradient: it is what trains the expert.
-        trigger = torch.empty(0, requires_grad=True) if torch.is_grad_enabled() else None
-        outputs = _RemoteComputation.apply(trigger, request, *inputs)  # type: ignore[no-untyped-call]
+        if torch.is_grad_enabled():
+            # Backward must come by even when no input needs a gradient: it is what trains the expert.
+            trigger = torch.empty(0, requires_grad=True)
+            outputs = _RemoteComputation.apply(trigger, request, *inputs)  # type: ignore[no-untyped-call]
+        else:
+            outputs = request.forward(inputs)
         return record.schema.unflatten_outputs(outputs)
 
     def get_stats(self) -> dict[str, int]:
@@ -129,18 +132,21 @@ class _Request:
         call = self.network.start(self.record, procedure, tensors, training=self.training, seed=self.seed)
         return call.wait(timeout_s)
 
+    def forward(self, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        replies = self.call(Procedure.FORWARD, inputs, self.forward_timeout_s)
+        return tuple(reply.to(inputs[0].device) for reply in replies)
+
 
 class _RemoteComputation(torch.autograd.Function):
     """One call of an expert, and the call for its gradients."""
 
     @staticmethod
     def forward(
-        ctx: Any, trigger: torch.Tensor | None, request: _Request, *inputs: torch.Tensor
+        ctx: Any, trigger: torch.Tensor, request: _Request, *inputs: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         ctx.request = request
         ctx.save_for_backward(*inputs)
-        replies = request.call(Procedure.FORWARD, inputs, request.forward_timeout_s)
-        outputs = tuple(reply.to(inputs[0].device) for reply in replies)
+        outputs = request.forward(inputs)
         differentiable = request.record.schema.differentiable_outputs
         ctx.mark_non_differentiable(
             *(
