@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-__all__ = ["Gpt", "GptConfig", "generate"]
+__all__ = ["Gpt", "GptConfig", "Mlp", "generate", "initialise"]
 
 VOCABULARY = 256
 
@@ -54,17 +54,28 @@ class Attention(nn.Module):
         return projected
 
 
+class Mlp(nn.Module):
+    """A two-layer perceptron, (..., width) to the same."""
+
+    def __init__(self, config: GptConfig) -> None:
+        super().__init__()
+        self.expansion = nn.Linear(config.width, 4 * config.width)
+        self.projection = nn.Linear(4 * config.width, config.width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        projected: torch.Tensor = self.projection(F.gelu(self.expansion(x)))
+        return projected
+
+
 class Block(nn.Module):
-    """One layer: attention, then a two-layer perceptron, each around a residual connection."""
+    """One layer: attention, then a perceptron or what takes its place, each beside a residual connection."""
 
     def __init__(self, config: GptConfig) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(config.width)
         self.attention = Attention(config)
         self.mlp_norm = nn.LayerNorm(config.width)
-        self.mlp = nn.Sequential(
-            nn.Linear(config.width, 4 * config.width), nn.GELU(), nn.Linear(4 * config.width, config.width)
-        )
+        self.mlp: nn.Module = Mlp(config)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x + self.attention(self.attention_norm(x))
@@ -83,7 +94,7 @@ class Gpt(nn.Module):
         self.blocks = nn.Sequential(*(Block(config) for _ in range(config.layers)))
         self.norm = nn.LayerNorm(config.width)
         self.head = nn.Linear(config.width, VOCABULARY, bias=False)
-        self._initialise()
+        initialise(self, config)
         if config.tied_head:
             self.head.weight = self.token.weight
 
@@ -93,16 +104,18 @@ class Gpt(nn.Module):
         logits: torch.Tensor = self.head(self.norm(self.blocks(x)))
         return logits
 
-    def _initialise(self) -> None:
-        residual_scale = 1.0 / math.sqrt(2 * self.config.layers)
-        for name, parameter in self.named_parameters():
-            if parameter.dim() == 1:
-                continue  # norms start as the identity, see below for the biases
-            into_residual = name.endswith(("projection.weight", "mlp.2.weight"))
-            nn.init.normal_(parameter, std=0.02 * (residual_scale if into_residual else 1.0))
-        for module in self.modules():
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
+
+def initialise(module: nn.Module, config: GptConfig) -> None:
+    """Draw the matrices of a model, or of a part of it, and set its biases to zero."""
+    residual_scale = 1.0 / math.sqrt(2 * config.layers)
+    for name, parameter in module.named_parameters():
+        if parameter.dim() == 1:
+            continue  # norms start as the identity, see below for the biases
+        into_residual = name.endswith("projection.weight")
+        nn.init.normal_(parameter, std=0.02 * (residual_scale if into_residual else 1.0))
+    for part in module.modules():
+        if isinstance(part, nn.Linear) and part.bias is not None:
+            nn.init.zeros_(part.bias)
 
 
 @torch.no_grad()

@@ -12,6 +12,9 @@ lives on the first stage; by default the pipeline sends the last activation ther
 
 The loss is a sum over bytes, scaled to the mean over the global batch, so that unequal parts count as they
 should; the curve is that of one process, up to rounding.
+
+With ``--experts`` the replicas of a stage share its experts, and tokens travel between them, a microbatch
+at a time. The gates' losses are then means over microbatches, not one over the batch: a little different.
 """
 
 from __future__ import annotations
@@ -29,11 +32,12 @@ import reporting
 from gpt import Gpt
 from hpcpar.comm import Communicator, ProcessGrid
 from hpcpar.nn.pipeline import Timeline
-from trainer import Options, Trainer, make_adamw
+from trainer import VALIDATION_BATCH, Options, Trainer, make_adamw
 
 __all__ = ["PipelineTrainer", "as_layers"]
 
 TRACED_STEP = 3
+NOT_SAVED = "--save and --resume are for data parallelism alone; leave --pipeline out"
 
 
 class Embedding(nn.Module):
@@ -58,9 +62,11 @@ class PipelineTrainer(Trainer):
     """Trains the model over a grid of replicas and stages. Collective to make."""
 
     def __init__(self, net: Gpt, comm: Communicator, options: Options, device: torch.device) -> None:
-        super().__init__(comm, options, device)
         self.grid = ProcessGrid(comm, data=options.data_parallel, pipeline=options.pipeline)
+        super().__init__(net, comm, self.grid.data, options, device)
         self.replicas = self.grid.data.size
+        # The mean over replicas of (replicas / bytes) x (sum over own bytes) is the global mean.
+        self.loss_scale = self.replicas / (options.batch_size * options.context)
         self.pipe = hpcpar.nn.Pipeline(
             as_layers(net),
             self.grid.pipeline,
@@ -69,7 +75,7 @@ class PipelineTrainer(Trainer):
             chunks=options.chunks,
             checkpoint=options.checkpoint,
             reuse=options.reuse,
-            loss_fn=summed_loss,
+            loss_fn=self.scaled_loss,
             loss_reduction="sum",
             data_comm=self.grid.data,
             device=device,
@@ -103,16 +109,18 @@ class PipelineTrainer(Trainer):
         inputs, targets = self.windows_of_step(step, text, self.grid.data)
         self.optimizer.zero_grad()
         with self.autocast():
-            # The mean over replicas of (replicas / bytes) x (sum over own bytes) is the global mean.
-            loss = self.pipe.train_step(
-                inputs, targets, scale=self.replicas / (options.batch_size * options.context)
-            )
+            loss = self.pipe.train_step(inputs, targets)
         if options.clip:
             self.pipe.clip_grad_norm_(options.clip)
         self.set_learning_rate(step)
         self.optimizer.step()
         # train_step returns the mean over replicas, the same on all ranks; the caller sums over ranks.
-        return loss * self.replicas / self.comm.size
+        return loss * self.replicas / self.loss_scale / self.comm.size
+
+    def scaled_loss(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Cross entropy in nats, summed over all bytes and scaled as `loss_scale` says."""
+        total = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
+        return total * self.loss_scale
 
     def waiting_s(self) -> float:
         return self.pipe.stats().waited_s
@@ -124,8 +132,14 @@ class PipelineTrainer(Trainer):
             with self.autocast():
                 _, loss = self.pipe.eval_step(inputs, targets)
             assert loss is not None
-            total += float(loss)
+            total += float(loss) / self.loss_scale
         return total / self.grid.pipeline.size
+
+    def save(self, folder: Path, step: int) -> Path:
+        raise common.UserError(NOT_SAVED)
+
+    def resume(self, folder: Path) -> int:
+        raise common.UserError(NOT_SAVED)
 
     def gather_into(self, net: Gpt) -> None:
         """Give `net` the parameters of all stages. Collective."""
@@ -136,11 +150,6 @@ class PipelineTrainer(Trainer):
             layer.load_state_dict(
                 {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
             )
-
-
-def summed_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Cross entropy in nats, summed over all bytes."""
-    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
 
 
 def check_options(options: Options, comm: Communicator) -> None:
@@ -158,7 +167,24 @@ def check_options(options: Options, comm: Communicator) -> None:
         raise common.UserError(f"{stages} stages are too many for {layers} layers; raise --layers")
     if options.blocking or options.forward_overlap:
         raise common.UserError("--blocking and --forward-overlap are modes of data parallelism alone")
+    if options.experts:
+        _check_microbatches("--batch-size", options.batch_size, options)
+        for windows in (VALIDATION_BATCH, options.eval_windows % VALIDATION_BATCH):
+            if windows <= options.eval_windows:
+                _check_microbatches("--eval-windows", windows, options)
+    if options.save is not None or options.resume is not None:
+        raise common.UserError(NOT_SAVED)
     if options.trace is not None:
         if options.steps <= TRACED_STEP:
             raise common.UserError(f"--trace shows step {TRACED_STEP}; --steps {options.steps} ends before")
         reporting.prepare_output(Path(options.trace).parent)
+
+
+def _check_microbatches(name: str, windows: int, options: Options) -> None:
+    """Replicas exchange tokens in each microbatch, and empty ones are left out: all must have as many."""
+    replicas = options.data_parallel
+    if windows % replicas and windows // replicas < options.microbatches:
+        raise common.UserError(
+            f"{name} leaves {windows} windows for {replicas} replicas, too few for {options.microbatches} "
+            "microbatches each; with --experts give a multiple of --data-parallel, or fewer --microbatches"
+        )

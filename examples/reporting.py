@@ -14,9 +14,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from common import UserError
 
-__all__ = ["Curve", "Reporter", "draw_curves", "prepare_output", "write_history"]
+__all__ = ["Curve", "Reporter", "draw_curves", "draw_heat_map", "prepare_output", "write_history"]
 
 Curve = tuple[str, Sequence[float], Sequence[float]]
 """A label, the x and the y values."""
@@ -99,19 +102,10 @@ def write_history(folder: Path, history: Mapping[str, Any]) -> Path:
 
 
 def draw_curves(path: Path, x_label: str, panels: Mapping[str, Sequence[Curve]]) -> Path | None:
-    """Draw one panel per entry, side by side, into a picture file.
-
-    Uses matplotlib's Agg canvas directly: no display is needed on a compute node. Returns None,
-    after a note on standard error, where matplotlib is not installed.
-    """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("matplotlib is not installed: no picture is drawn", file=sys.stderr)
+    """Draw one panel per entry, side by side, into a picture file; None where matplotlib is missing."""
+    figure = _figure(width=5.0 * len(panels), height=3.6)
+    if figure is None:
         return None
-    figure = Figure(figsize=(5.0 * len(panels), 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
     row = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (title, curves) in zip(row, panels.items(), strict=True):
         for label, x, y in curves:
@@ -121,3 +115,56 @@ def draw_curves(path: Path, x_label: str, panels: Mapping[str, Sequence[Curve]])
         axes.legend()
     figure.savefig(path, dpi=120)
     return path
+
+
+def draw_heat_map(
+    path: Path, groups: Mapping[str, npt.NDArray[np.float64]], first_column: int, labels: tuple[str, str, str]
+) -> Path | None:
+    """Draw groups of rows above each other as colours; None where matplotlib is missing.
+
+    Parameters
+    ----------
+    path : the picture.
+    groups : a title and an array of shape (rows, columns) each; all have as many columns.
+    first_column : the number of the first column, for the axis.
+    labels : of the columns, the rows and the colours.
+    """
+    rows = sum(len(values) for values in groups.values())
+    figure = _figure(width=8.0, height=1.2 + 0.22 * rows + 0.3 * len(groups))
+    if figure is None:
+        return None
+    heights = [len(values) for values in groups.values()]
+    panels = figure.subplots(len(groups), 1, squeeze=False, sharex=True, height_ratios=heights)[:, 0]
+    brightest = max(float(values.max(initial=0.0)) for values in groups.values())
+    for axes, (title, values) in zip(panels, groups.items(), strict=True):
+        left = first_column - 0.5
+        image = axes.imshow(
+            values,
+            aspect="auto",
+            interpolation="nearest",
+            vmin=0.0,
+            vmax=brightest,
+            extent=(left, left + values.shape[1], len(values) - 0.5, -0.5),
+        )
+        axes.set_title(title, fontsize="small", loc="left")
+        axes.set_ylabel(labels[1])
+    panels[-1].set_xlabel(labels[0])
+    figure.colorbar(image, ax=list(panels), label=labels[2])
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def _figure(width: float, height: float) -> Any:
+    """An empty figure, in inches, or None, after a note on standard error, without matplotlib.
+
+    Uses matplotlib's Agg canvas directly: no display is needed on a compute node.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("matplotlib is not installed: no picture is drawn", file=sys.stderr)
+        return None
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure

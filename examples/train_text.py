@@ -5,6 +5,8 @@
     mpirun -n 4 python examples/train_text.py --text ~/books --steps 2000 --sample 400
     mpirun -n 2 python examples/train_text.py --pipeline 2 --schedule zero_bubble --trace step.json
     mpirun -n 4 python examples/train_text.py --pipeline 2 --data-parallel 2
+    mpirun -n 4 python examples/train_text.py --experts 8 --save run
+    mpirun -n 2 python examples/train_text.py --experts 8 --steps 600 --resume run/step-300
 
 The default text are the Python sources of the interpreter's standard library, about 10 MB.
 
@@ -19,6 +21,9 @@ returns, and each layer waits for its own just before the next forward runs it. 
 norm of all of them, so it waits for all; ``--clip 0`` leaves the overlap whole.
 
 ``--pipeline`` cuts the model into stages instead, see `pipeline_trainer.py`; the curve stays the same.
+``--experts`` puts mixtures of experts in the place of every second perceptron, see `expert_gpt.py`; the load
+of each expert in each step is drawn into ``expert_load.png``. What ``--save`` writes at each evaluation goes
+on with ``--resume`` on any number of ranks.
 """
 
 from __future__ import annotations
@@ -31,12 +36,14 @@ from pathlib import Path
 import torch
 
 import common
+import expert_gpt
+import expert_load
 import hpcpar
 import pipeline_trainer
 import reporting
 import text_corpus
 from gpt import Gpt, GptConfig, generate
-from hpcpar.comm import Communicator
+from hpcpar.comm import MPI, Communicator
 from trainer import DataParallelTrainer, Options, Trainer
 
 OUTPUT = Path(__file__).resolve().parent / "output" / "text"
@@ -61,12 +68,12 @@ class Evaluation:
 
 
 def train(
-    trainer: Trainer, options: Options, training: torch.Tensor, validation: torch.Tensor
+    trainer: Trainer, options: Options, first_step: int, training: torch.Tensor, validation: torch.Tensor
 ) -> list[Evaluation]:
-    """The whole run: stretches of steps, with an evaluation after each."""
+    """The whole run, or the rest of it: stretches of steps, with an evaluation after each."""
     evaluations: list[Evaluation] = []
-    with reporting.Reporter(trainer.comm.rank, options.steps) as reporter:
-        for first in range(0, options.steps, options.eval_every):
+    with reporting.Reporter(trainer.comm.rank, options.steps - first_step) as reporter:
+        for first in range(first_step, options.steps, options.eval_every):
             steps = range(first, min(first + options.eval_every, options.steps))
             train_loss, bytes_per_s, waiting_share = trainer.run_stretch(steps, training, reporter)
             validation_loss = trainer.validate(validation)
@@ -74,6 +81,9 @@ def train(
                 Evaluation(steps.stop, train_loss, validation_loss, bytes_per_s, waiting_share)
             )
             reporter.line(str(evaluations[-1]))
+            if options.save is not None:
+                with common.user_errors_end_the_job(trainer.comm):
+                    reporter.line(f"saved {trainer.save(options.save, steps.stop)}")
     return evaluations
 
 
@@ -87,6 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     _add_model_options(parser)
+    _add_expert_options(parser)
     _add_training_options(parser)
     _add_pipeline_options(parser)
     add = parser.add_argument
@@ -95,6 +106,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--eval-every", type=common.positive_int, default=50, help="steps between evaluations")
     add("--eval-windows", type=common.positive_int, default=128, help="validation windows per evaluation")
     add("--sample", type=common.non_negative_int, default=0, metavar="N", help="generate N bytes at the end")
+    add("--save", type=Path, metavar="DIR", help="write the whole state to DIR/step-N at each evaluation")
+    add("--resume", type=Path, metavar="DIR", help="go on from such a state, on any number of ranks")
     add("--output", type=Path, default=OUTPUT, metavar="DIR", help="for history and curves")
     add("--plot", action=argparse.BooleanOptionalAction, default=True, help="draw the curves")
     return parser
@@ -113,6 +126,23 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--context", type=common.positive_int, default=default.context, help="bytes the model sees")
     add("--tied-head", action=argparse.BooleanOptionalAction, default=True, help="share embedding and head")
+
+
+def _add_expert_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("mixtures of experts").add_argument
+    add(
+        "--experts", type=common.non_negative_int, default=0, metavar="N", help="experts per mixture; 0: none"
+    )
+    add("--experts-every", type=common.positive_int, default=2, metavar="N", help="blocks for one mixture")
+    add("--top-k", type=common.positive_int, default=2, metavar="K", help="experts that each byte goes to")
+    add(
+        "--capacity-factor",
+        type=common.positive_float,
+        metavar="F",
+        help="an expert takes at most F times its even share of a batch; no limit if not given",
+    )
+    add("--balancing", type=common.non_negative_float, default=0.01, help="weight of the balancing loss")
+    add("--z-loss", type=common.non_negative_float, default=0.001, help="weight of the gates' z-loss")
 
 
 def _add_training_options(parser: argparse.ArgumentParser) -> None:
@@ -154,12 +184,29 @@ def read_options(comm: Communicator) -> Options:
             raise common.UserError(f"--heads {arguments.heads} must divide --width {arguments.width}")
         if arguments.data_parallel is None:
             arguments.data_parallel = max(1, comm.size // arguments.pipeline)
+        if arguments.experts and arguments.experts_every > arguments.layers:
+            raise common.UserError(
+                f"--experts-every {arguments.experts_every} must not exceed --layers {arguments.layers}"
+            )
+        if arguments.resume is not None and not arguments.resume.is_dir():
+            raise common.UserError(f"--resume {arguments.resume}: no such folder")
         options = Options(**vars(arguments))
         if options.pipeline > 1:
             pipeline_trainer.check_options(options, comm)
         elif options.trace is not None:
             raise common.UserError("--trace shows the stages of a pipeline; give --pipeline 2 or more")
     return options
+
+
+def start(trainer: Trainer, options: Options) -> int:
+    """Go on from a saved run, if there is one. **Collective.** Returns the steps done so far."""
+    first_step = 0
+    with common.user_errors_end_the_job(trainer.comm):
+        if options.resume is not None:
+            first_step = trainer.resume(options.resume)
+        if first_step >= options.steps:
+            raise common.UserError(f"--resume {options.resume} has done {first_step} steps; raise --steps")
+    return first_step
 
 
 def write_results(options: Options, world_size: int, evaluations: list[Evaluation]) -> None:
@@ -201,20 +248,29 @@ def main() -> None:
     net = Gpt(GptConfig(options.layers, options.width, options.heads, options.context, options.tied_head))
     make_trainer = pipeline_trainer.PipelineTrainer if options.pipeline > 1 else DataParallelTrainer
     trainer: Trainer = make_trainer(net.to(device), comm, options, device)
+    first_step = start(trainer, options)
     if comm.rank == 0:
-        parameters = sum(parameter.numel() for parameter in net.parameters())
+        parameters = expert_gpt.count_parameters(net)
         print(
             f"{parameters} parameters, {sum(len(part) for part in parts)} bytes of text, {comm.size} rank(s)"
         )
-    evaluations = train(trainer, options, *parts)
+    evaluations = train(trainer, options, first_step, *parts)
     trainer.gather_into(net)
+    text = b""
+    if options.sample and (comm.rank == 0 or options.experts):
+        # The plain net, not the wrapped one: without experts, sampling is one rank's own affair. With them
+        # all ranks sample the same text together, since each has only some of the experts.
+        text = generate(net.eval(), b"\n", options.sample, options.seed)
+    load = trainer.expert_load.table(comm, MPI.MAX)  # of a layer all its ranks know the same, the others zero
     if comm.rank == 0:
         print(f"final validation loss {evaluations[-1].validation_loss:.4f} nats/byte")
         if options.sample:
-            # The plain net, not the wrapped one: sampling is this rank's own affair.
-            text = generate(net.eval(), b"\n", options.sample, options.seed)
             print(f"--- sample\n{text.decode(errors='replace')}\n---")
         write_results(options, comm.size, evaluations)
+        if options.experts:
+            layers = trainer.expert_load.layers
+            for path in expert_load.write_expert_load(options.output, layers, load, first_step, options.plot):
+                print(f"experts: {path}")
 
 
 if __name__ == "__main__":

@@ -19,15 +19,18 @@ import torch.nn.functional as F
 from torch import nn
 
 import common
+import expert_gpt
 import hpcpar
 import reporting
+import saved_run
 import text_corpus
 from gpt import Gpt
 from hpcpar.comm import Communicator
 
-__all__ = ["DataParallelTrainer", "Options", "Trainer", "make_adamw"]
+__all__ = ["VALIDATION_BATCH", "DataParallelTrainer", "Options", "Trainer", "make_adamw"]
 
-VALIDATION_MICROBATCH = 32
+VALIDATION_BATCH = 64
+"""Windows that all ranks evaluate at once."""
 BETAS = (0.9, 0.95)
 # Large enough that Adam does not blow up gradients which are nothing but rounding: those of the key
 # biases are zero in exact arithmetic, and differ with the order of summation, so with the ranks.
@@ -45,6 +48,12 @@ class Options:
     heads: int
     context: int
     tied_head: bool
+    experts: int
+    experts_every: int
+    top_k: int
+    capacity_factor: float | None
+    balancing: float
+    z_loss: float
     steps: int
     batch_size: int
     lr: float
@@ -62,6 +71,8 @@ class Options:
     checkpoint: str
     reuse: str
     trace: Path | None
+    save: Path | None
+    resume: Path | None
     eval_every: int
     eval_windows: int
     sample: int
@@ -72,13 +83,26 @@ class Options:
 
 
 class Trainer(ABC):
-    """One step, a stretch of steps, an evaluation. Subclasses say how a step is taken."""
+    """One step, a stretch of steps, an evaluation. Subclasses say how a step is taken.
+
+    Parameters
+    ----------
+    net : the model, the same on all ranks; experts are put in here if wanted.
+    comm : all ranks.
+    data : those that train on different data.
+    """
 
     model: nn.Module
     optimizer: Any
 
-    def __init__(self, comm: Communicator, options: Options, device: torch.device) -> None:
+    def __init__(
+        self, net: Gpt, comm: Communicator, data: Communicator, options: Options, device: torch.device
+    ) -> None:
         self.comm, self.options, self.device = comm, options, device
+        if options.experts:
+            expert_gpt.put_in_experts(net, options, data)
+        self.mixtures = expert_gpt.expert_layers(net)
+        self.expert_load = expert_gpt.watch_load(self.mixtures)
 
     @abstractmethod
     def train_step(self, step: int, text: torch.Tensor) -> torch.Tensor:
@@ -87,6 +111,14 @@ class Trainer(ABC):
     @abstractmethod
     def summed_validation_loss(self, text: torch.Tensor) -> float:
         """The validation loss, summed over bytes, such that the sum over ranks is that of all windows."""
+
+    @abstractmethod
+    def save(self, folder: Path, step: int) -> Path:
+        """Write what is needed to go on. **Collective.** Returns where it is."""
+
+    @abstractmethod
+    def resume(self, folder: Path) -> int:
+        """Read it. **Collective.** Returns the steps done so far."""
 
     @abstractmethod
     def waiting_s(self) -> float:
@@ -105,6 +137,7 @@ class Trainer(ABC):
         self.model.train()
         for step in steps:
             loss_sum += self.train_step(step, text).cpu()
+            self.expert_load.end_step()
             reporter.step()
         waited_s = self.waiting_s() - waited_before_s
         loss, waited_s = common.sum_over_ranks(self.comm, float(loss_sum), waited_s)
@@ -133,12 +166,14 @@ class Trainer(ABC):
     def validation_batches(
         self, text: torch.Tensor, comm: Communicator
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """This rank's part of the validation windows, in batches."""
+        """This rank's part of the validation windows, in batches: as many on all ranks, perhaps empty."""
         context = self.options.context
         offsets = text_corpus.spread_windows(self.options.eval_windows, len(text), context)
-        mine = offsets[common.shard(len(offsets), comm.rank, comm.size)]
-        for start in range(0, len(mine), VALIDATION_MICROBATCH):
-            yield text_corpus.cut_windows(text, mine[start : start + VALIDATION_MICROBATCH], context)
+        for start in range(0, len(offsets), VALIDATION_BATCH):
+            batch = offsets[start : start + VALIDATION_BATCH]
+            yield text_corpus.cut_windows(
+                text, batch[common.shard(len(batch), comm.rank, comm.size)], context
+            )
 
     def set_learning_rate(self, step: int) -> None:
         """That of a step; warm-up and cosine."""
@@ -154,7 +189,8 @@ class DataParallelTrainer(Trainer):
     """Every rank has the whole model and its own part of the batch."""
 
     def __init__(self, net: Gpt, comm: Communicator, options: Options, device: torch.device) -> None:
-        super().__init__(comm, options, device)
+        super().__init__(net, comm, comm, options, device)
+        self.net = net
         self.adamw = make_adamw(net.named_parameters(), options)
         self.optimizer: Any = self.adamw
         if options.forward_overlap:
@@ -168,12 +204,19 @@ class DataParallelTrainer(Trainer):
         self.optimizer.zero_grad()
         loss_sum = self.summed_loss(*self.windows_of_step(step, text, self.comm))
         global_bytes = options.batch_size * options.context
-        common.local_loss(loss_sum, global_bytes, self.comm.size).backward()
+        loss = common.local_loss(loss_sum, global_bytes, self.comm.size)
+        (loss + expert_gpt.gate_losses(self.mixtures.values())).backward()
         if options.clip:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), options.clip)
+            hpcpar.nn.clip_grad_norm_(self.model, options.clip)  # by the norm over all experts
         self.set_learning_rate(step)
         self.optimizer.step()
         return loss_sum.detach()
+
+    def save(self, folder: Path, step: int) -> Path:
+        return saved_run.save_run(folder, self.net, self.adamw, step, self.comm)
+
+    def resume(self, folder: Path) -> int:
+        return saved_run.resume_run(folder, self.net, self.adamw, self.comm)
 
     def summed_loss(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Cross entropy in nats, summed over all bytes of this rank's windows."""

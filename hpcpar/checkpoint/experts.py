@@ -85,8 +85,9 @@ def load_experts(
     def read() -> None:
         for uid in sorted(experts):
             path = _path(folder, uid)
+            state = read_state(path)
             try:
-                experts[uid].load_full_state(read_state(path))
+                experts[uid].load_full_state(state)
             except HpcparError as error:
                 raise CheckpointError(f"{path} must fit expert {uid!r}: {error}") from error
 

@@ -18,6 +18,9 @@ DIGITS = ["--limit", "150", "--epochs", "2", "--batch-size", "7", "--no-plot"]
 MODEL = ["--layers", "2", "--width", "16", "--heads", "2", "--context", "16"]
 TEXT = [*MODEL, "--limit", "20000", "--steps", "12", "--batch-size", "3", "--warmup", "2"]
 TEXT += ["--eval-every", "4", "--eval-windows", "9", "--clip", "0", "--no-plot"]
+EXPERTS = ["--experts", "5", "--capacity-factor", "1.5", "--clip", "0.5"]
+SERVED = ["--layers", "1", "--width", "16", "--heads", "2", "--context", "16", "--limit", "50000"]
+SERVED += ["--batch-size", "5", "--report-every", "10"]
 MODES = {"plain": [], "blocking": ["--blocking"], "overlap": ["--forward-overlap"]}
 
 
@@ -118,6 +121,65 @@ def test_clipping_is_the_same_on_every_number_of_ranks(text_reference: list[floa
     assert curves[0] != pytest.approx(text_reference, rel=1e-3)
 
 
+@pytest.fixture(scope="module")
+def experts_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run with experts in one process, saved at each evaluation."""
+    folder = tmp_path_factory.mktemp("experts")
+    history("train_text.py", 1, folder, *TEXT, *EXPERTS, "--save", str(folder))
+    return folder
+
+
+def losses_of_experts(run: Path) -> list[float]:
+    return losses(json.loads((run / "history.json").read_text())["evaluations"])
+
+
+def test_experts_learn_as_in_one_process(experts_run: Path, tmp_path: Path) -> None:
+    arguments = [*TEXT, *EXPERTS, "--plot", "--sample", "5"]
+    content = history("train_text.py", 2, tmp_path, *arguments)
+    assert losses(content["evaluations"]) == pytest.approx(losses_of_experts(experts_run), rel=1e-3)
+    rows, expected = (np.load(path / "expert_load.npz")["rows"] for path in (tmp_path, experts_run))
+    assert rows.shape == (1, 5, 12)
+    assert rows.sum(axis=1).tolist() == expected.sum(axis=1).tolist()
+    assert (tmp_path / "expert_load.png").stat().st_size > 1000
+
+
+def test_experts_go_on_with_another_number_of_ranks(experts_run: Path, tmp_path: Path) -> None:
+    arguments = [*TEXT, *EXPERTS, "--resume", str(experts_run / "step-8")]
+    content = history("train_text.py", 3, tmp_path, *arguments)
+    assert [row["step"] for row in content["evaluations"]] == [12]
+    assert losses(content["evaluations"]) == pytest.approx(losses_of_experts(experts_run)[-2:], rel=1e-3)
+
+
+def test_experts_learn_over_a_pipeline(experts_run: Path, tmp_path: Path) -> None:
+    # One microbatch, so that gates have the statistics of the whole batch, and capacity is of it.
+    arguments = [*TEXT, *EXPERTS, "--pipeline", "2", "--microbatches", "1", "--sample", "5"]
+    content = history("train_text.py", 4, tmp_path, *arguments)
+    assert losses(content["evaluations"]) == pytest.approx(losses_of_experts(experts_run), rel=1e-3)
+    rows, expected = (np.load(path / "expert_load.npz")["rows"] for path in (tmp_path, experts_run))
+    assert rows.sum(axis=1).tolist() == expected.sum(axis=1).tolist()
+
+
+@pytest.mark.parametrize(("ranks", "arguments"), [(1, []), (3, ["--switch", "--samples-per-update", "20"])])
+def test_text_is_learnt_through_served_experts(tmp_path: Path, ranks: int, arguments: list[str]) -> None:
+    content = history("serve_experts.py", ranks, tmp_path, *SERVED, "--steps", "20", "--no-plot", *arguments)
+    first, last = (row["loss"] for row in content["reports"])
+    assert last < first - 0.2
+    choices = (1 if arguments else 2) * 5 * 16
+    rows = np.load(tmp_path / "expert_load.npz")["rows"]
+    assert rows.sum(axis=(0, 1)).tolist() == [choices] * 20
+    assert sum(expert["examples"] for expert in content["experts"]) == 20 * choices
+    assert {expert["rank"] for expert in content["experts"]} == {ranks - 1}
+
+
+def test_slow_expert_is_left_out(tmp_path: Path) -> None:
+    arguments = ["--slow-expert", "0.6", "--forward-timeout", "0.2", "--servers", "2", "--steps", "2"]
+    content = history("serve_experts.py", 3, tmp_path, *SERVED, *arguments, "--no-plot")
+    assert "block0.1.3" in content["left_out"]
+    updates = {expert["uid"]: expert["updates"] for expert in content["experts"]}
+    assert updates["block0.1.3"] == 0
+    assert sum(updates.values()) > 0
+
+
 def test_digits_write_one_line_per_epoch_and_a_picture(tmp_path: Path) -> None:
     result = run("train_digits.py", 2, "--limit", "60", "--epochs", "2", "--output", str(tmp_path))
     assert result.returncode == 0, result.stderr
@@ -152,6 +214,8 @@ def test_digits_read_a_folder_of_idx_files(tmp_path: Path) -> None:
         ("train_text.py", ["--heads", "3"], "--heads 3 must divide --width 128"),
         ("train_text.py", ["--pipeline", "3"], "--pipeline 3 and --data-parallel 1 need 3 ranks, got 2"),
         ("train_text.py", ["--trace", "x.json"], "--trace shows the stages of a pipeline"),
+        ("train_text.py", ["--resume", "nowhere"], "--resume nowhere: no such folder"),
+        ("serve_experts.py", ["--servers", "2"], "--servers 2 leaves no client of 2 rank(s)"),
     ],
 )
 def test_mistake_ends_all_ranks_with_one_message(example: str, arguments: list[str], message: str) -> None:

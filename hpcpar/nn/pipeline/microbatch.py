@@ -17,14 +17,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from hpcpar.errors import MismatchError
 from hpcpar.nn.pipeline.structure import flatten, unflatten
 
-__all__ = ["Microbatch", "Whole", "join", "split"]
+if TYPE_CHECKING:
+    from hpcpar.comm import Communicator
+
+__all__ = ["Microbatch", "Whole", "check_filled", "join", "split"]
 
 
 class Whole:
@@ -105,6 +108,23 @@ def split(value: Any, microbatches: int) -> list[Microbatch]:
         parts.append(Microbatch(index, part, samples, total))
         start += samples
     return parts
+
+
+def check_filled(microbatches: Sequence[Microbatch], replicas: Communicator) -> None:
+    """Where replicas compute each microbatch together, they must have as many that are not empty. Collective.
+
+    Raises
+    ------
+    MismatchError
+        On every replica, when they have not.
+    """
+    filled = replicas.allgather(sum(part.samples > 0 for part in microbatches))
+    if len(set(filled)) > 1:
+        raise MismatchError(
+            "batches of replicas whose stages have experts or synchronised batch norm must fill the same "
+            f"number of microbatches, got {filled}. Give each replica at least as many samples as there are "
+            "microbatches"
+        )
 
 
 def _samples(tensors: Sequence[torch.Tensor]) -> int:

@@ -34,7 +34,7 @@ from hpcpar.nn.data_parallel import broadcast_packed
 from hpcpar.nn.pipeline.assembly import Assembly, assemble
 from hpcpar.nn.pipeline.layers import LayerSpec
 from hpcpar.nn.pipeline.mail import broadcast_value
-from hpcpar.nn.pipeline.microbatch import Microbatch, split
+from hpcpar.nn.pipeline.microbatch import Microbatch, check_filled, split
 from hpcpar.nn.pipeline.module import PipelineModule
 from hpcpar.nn.pipeline.recorder import PipelineStats
 from hpcpar.nn.pipeline.runtime import Runtime
@@ -174,6 +174,8 @@ class Pipeline(PipelineModule):
         self._alarm = Alarm([self._comm] if self._data is None else [self._comm, self._data])
         self._runtime = Runtime(self.plan, self._stages, self._comm, self.device, _groups(self._stages))
         self._runtime.choose_progress(progress)
+        meets = any(stage.meets_replicas for stage in self._stages.values())
+        self._meets_replicas = self._comm.allreduce(meets, MPI.LOR)
         self._open_state(parts.names, self._reductions.copies, self._reductions.later_copies)
         self._broken: BaseException | None = None
         self._freed = False
@@ -191,7 +193,8 @@ class Pipeline(PipelineModule):
         targets
             Likewise, on the rank of the last stage.
         scale
-            Factor of the gradients, such as 1 / the number of accumulated steps. Not of the loss returned.
+            Factor of the gradients, such as 1 / the number of accumulated steps. Not of the loss returned,
+            nor, with ``loss_reduction="sum"``, of the losses that layers add themselves.
 
         Returns
         -------
@@ -214,8 +217,10 @@ class Pipeline(PipelineModule):
             step = self._step(inputs, targets, training=True, scale=scale)
             self._reductions.begin()
             self._seeds.begin(training=True)
+            # A sum is made a mean by ``scale``; the losses of layers are means already.
+            weight = 1.0 if self._loss_reduction == "sum" else scale
             for stage in self._stages.values():
-                stage.inject_losses(scale / self._microbatches)
+                stage.inject_losses(weight / self._microbatches)
             with torch.enable_grad():
                 self._runtime.run(step)
             with self._runtime.recorder.waiting("reduce"):
@@ -231,6 +236,8 @@ class Pipeline(PipelineModule):
         self, inputs: Any = None, targets: Any = None, *, broadcast_output: bool = False
     ) -> tuple[Any, torch.Tensor | None]:
         """Forward of a batch. Collective over the ranks of the pipeline; replicas are independent.
+
+        Unless there are experts in the stages, which all replicas compute together.
 
         Parameters
         ----------
@@ -362,10 +369,13 @@ class Pipeline(PipelineModule):
                 scale=scale,
                 replicas=self._data if training else None,
             )
+        parts = self._cut(inputs) if self.is_first else None
+        if parts is not None and self._data is not None and self._meets_replicas:
+            check_filled(parts, self._data)
         return Step(
             self._microbatches,
             training=training,
-            inputs=self._cut(inputs) if self.is_first else None,
+            inputs=parts,
             loss=loss,
             checkpoint=self._checkpoint,
             backward_of=self._reductions.backward_of,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hpcpar.comm import Communicator, ProcessGrid
+from hpcpar.errors import MismatchError, RankFailedError
 from hpcpar.nn import MixtureOfExperts, Pipeline
 from tests.nn.experts.mixtures import FEATURES, Dense, expert, gate
 
@@ -218,3 +219,18 @@ def test_clipping_counts_each_expert_once(comm: Communicator) -> None:
     torch.testing.assert_close(norm, wanted, rtol=1e-9, atol=0.0)
     compare(pipe, model)
     pipe.free()
+
+
+def test_replicas_with_other_numbers_of_microbatches_are_an_error(comm: Communicator) -> None:
+    grid = grid_of(comm)
+    pipe = Pipeline(
+        split_model(2, grid.data), grid.pipeline, microbatches=4, loss_fn=nn.functional.mse_loss,
+        data_comm=grid.data,
+    )  # fmt: skip
+    samples = 2 + grid.data.rank  # fewer than microbatches
+    x = torch.zeros(samples, FEATURES, dtype=torch.float64)
+    if grid.data.size == 1:
+        assert torch.isfinite(pipe.train_step(x, x))
+        return
+    with pytest.raises((MismatchError, RankFailedError), match="same number of microbatches"):
+        pipe.train_step(x, x)
