@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hpcpar.comm import world
+from hpcpar.nn.own_gradients import OwnGradients
 
 if TYPE_CHECKING:
     from hpcpar.comm import Communicator
@@ -222,9 +223,14 @@ def convert_sync_batchnorm(module: nn.Module, comm: Communicator | None = None) 
 
 
 def replace_batch_norm(module: nn.Module, convert: Callable[[_BatchNorm], _BatchNorm]) -> nn.Module:
-    """Put ``convert(layer)`` in the place of every batch normalisation inside ``module``. Local."""
+    """Put ``convert(layer)`` in the place of every batch normalisation inside ``module``. Local.
+
+    Not in experts, of which other ranks have others.
+    """
     if isinstance(module, _BatchNorm):
         return convert(module)
+    if isinstance(module, OwnGradients):
+        return module
     for name, child in list(module._modules.items()):  # named_children() skips second names of a module
         if child is not None:
             setattr(module, name, replace_batch_norm(child, convert))

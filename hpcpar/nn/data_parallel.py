@@ -284,7 +284,7 @@ class DataParallel(nn.Module):
 
     @property
     def _is_prepared(self) -> bool:
-        return self._trainable == [parameter.requires_grad for parameter in self.module.parameters()]
+        return self._trainable == self._trainable_now()
 
     def _prepare(self) -> None:
         """Before a training forward: is the reduction there, does it fit the model, is it idle?"""
@@ -308,7 +308,7 @@ class DataParallel(nn.Module):
     def _reduce_gradients(self) -> None:
         """Make the reduction for the parameters that are trainable now. Collective."""
         assert self._comm is not None
-        self._trainable = [parameter.requires_grad for parameter in self.module.parameters()]
+        self._trainable = self._trainable_now()
         self._gradients, self._own = None, own_gradient_modules(self.module)
         for part in self._own:
             part.share_gradients(self._comm, average=True, options=self._options)
@@ -328,6 +328,11 @@ class DataParallel(nn.Module):
         self._apply_synchronize()
         if self._optimizer is not None:
             self._optimizer.attach(self._gradients)
+
+    def _trainable_now(self) -> list[bool]:
+        """Of the parameters that all ranks have; experts notice by themselves."""
+        own = own_tensors(self.module)
+        return [p.requires_grad for p in self.module.parameters() if id(p) not in own]
 
     def _module_buffers(self) -> dict[str, torch.Tensor]:
         own = own_tensors(self.module) if self._own else set()

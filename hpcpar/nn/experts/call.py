@@ -9,18 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from hpcpar.errors import HpcparError, MismatchError
+from hpcpar.errors import MismatchError
 from hpcpar.nn.agreement import largest_and_smallest
 from hpcpar.nn.experts.exchange import Exchange
 from hpcpar.nn.experts.gate import TopKGate, router_dtype
 from hpcpar.nn.experts.replay import RoutingMemory
 from hpcpar.nn.experts.routing import Routing
 
-__all__ = ["Call", "agree_on_call", "agree_on_output", "judge"]
+__all__ = ["Call", "Judged", "agree_on_call", "agree_on_output", "judge"]
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _ALIKE = ("features", "type", "logits", "training", "gradient mode", "recomputation")
@@ -45,8 +46,16 @@ class Call:
     rows_need_gradient: bool
 
 
-def judge(gate: nn.Module, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tokens as they will travel, and the gate's logits, in float32 or float64. Local.
+class Judged(NamedTuple):
+    """Tokens as they will travel, and the gate's logits, float32 or float64; or what is wrong with them."""
+
+    tokens: torch.Tensor
+    logits: torch.Tensor
+    problem: Exception | None
+
+
+def judge(gate: nn.Module, inputs: torch.Tensor) -> Judged:
+    """Ask the gate. Local; errors are for :func:`agree_on_call` to raise, on all ranks.
 
     Parameters
     ----------
@@ -54,12 +63,14 @@ def judge(gate: nn.Module, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Te
         Called without autocast.
     inputs
         Shape (..., features).
-
-    Raises
-    ------
-    MismatchError
-        For inputs, or logits, of another kind.
     """
+    try:
+        return Judged(*_judge(gate, inputs), None)
+    except Exception as error:
+        return Judged(torch.empty(0, 0), torch.empty(0, 0), error)
+
+
+def _judge(gate: nn.Module, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if inputs.dim() == 0 or inputs.dtype not in _DTYPES:
         raise MismatchError(
             "the input of a mixture of experts must be a tensor (..., features) of float32, float64, "
@@ -83,8 +94,7 @@ def judge(gate: nn.Module, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Te
 def agree_on_call(
     exchange: Exchange,
     memory: RoutingMemory,
-    tokens: torch.Tensor,
-    logits: torch.Tensor,
+    judged: Judged,
     *,
     num_experts: int,
     training: bool,
@@ -96,7 +106,7 @@ def agree_on_call(
     ----------
     exchange, memory
         Of the layer.
-    tokens, logits
+    judged
         From :func:`judge`.
     num_experts
         Columns that the logits must have.
@@ -106,12 +116,12 @@ def agree_on_call(
     Raises
     ------
     MismatchError
-        On every rank, when they do not call alike.
+        On every rank, when they do not call alike, or one of them could not judge its tokens.
     """
-    candidate = memory.nearest(logits.detach()) if memory.is_replay else None
-    serial = None if candidate is None else candidate.serial
+    tokens, logits, problem = judged
     gradients = torch.is_grad_enabled()
     facts: dict[str, int | None] = {
+        "problem": problem is not None,
         "features": tokens.shape[1],
         "type": _DTYPES.index(tokens.dtype),
         "logits": logits.shape[1],
@@ -120,19 +130,20 @@ def agree_on_call(
         "recomputation": memory.is_replay,
         "rows need gradient": gradients and tokens.requires_grad,
         "graph": gradients and (tokens.requires_grad or logits.requires_grad or trainable),
-        "replayed": serial if len(tokens) else None,  # who has no tokens cannot tell forwards apart
-        "perhaps replayed": serial,
     }
     with exchange.armed():
         found = largest_and_smallest(exchange.comm, facts)
+    if problem is not None:
+        raise problem
+    if found["problem"][0]:
+        raise MismatchError("the input of a mixture of experts must be fit on all ranks, got one that is not")
     _check_alike(facts, found)
     if logits.shape[1] != num_experts:
         raise MismatchError(
             f"a gate must have an output for each of {num_experts} experts, got {logits.shape[1]}"
         )
-    known = [found[name][0] for name in ("replayed", "perhaps replayed") if found[name][0] >= 0]
     return Call(
-        _replayed(exchange, memory, known[0], logits) if known else None,
+        _replayed(exchange, memory, logits, training) if memory.is_replay else None,
         bool(found["graph"][0]),
         bool(found["rows need gradient"][0]),
     )
@@ -181,12 +192,11 @@ def _check_alike(facts: dict[str, int | None], found: dict[str, tuple[int, int]]
             )
 
 
-def _replayed(exchange: Exchange, memory: RoutingMemory, serial: int, logits: torch.Tensor) -> Routing:
-    with exchange.sounding():
-        routing = memory.take(serial)
-        if routing is None or routing.logits.shape != logits.shape:
-            raise HpcparError(
-                "a recomputation must repeat a forward of all ranks, got one that other ranks know as "
-                f"forward {serial}, with {len(logits)} tokens here"
-            )
-        return routing
+def _replayed(
+    exchange: Exchange, memory: RoutingMemory, logits: torch.Tensor, training: bool
+) -> Routing | None:
+    """The routing of the forward that is computed again on all ranks, if any of them know one. Collective."""
+    mine = memory.candidates(logits.detach(), training)
+    with exchange.armed():
+        everyone = exchange.comm.allgather(mine) if exchange.comm.size > 1 else [mine]
+    return memory.take(sorted(set(everyone[0]).intersection(*everyone[1:])))

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from hpcpar.errors import MismatchError
+from hpcpar.nn.batch_norm import SyncBatchNorm
 from hpcpar.nn.experts.gate import check_top_k
 from hpcpar.nn.model_signature import describe
 
@@ -73,6 +74,18 @@ def _check_experts(experts: Sequence[Expert]) -> None:
         raise MismatchError(
             "each expert must be a module of its own, got one module several times. Use copy.deepcopy, or "
             "pass factories"
+        )
+    given = [expert for expert in experts if isinstance(expert, nn.Module)]
+    tensors = [id(p) for expert in given for p in dict.fromkeys(expert.parameters())]
+    if len(set(tensors)) < len(tensors):
+        raise MismatchError(
+            "experts must not share parameters, which would be on different ranks, got some that do. Share "
+            "what all need by shared_expert, or outside of the layer"
+        )
+    if any(isinstance(part, SyncBatchNorm) for expert in given for part in expert.modules()):
+        raise MismatchError(
+            "an expert must not synchronise over ranks, which have other experts, got a SyncBatchNorm. Use "
+            "nn.BatchNorm1d: an expert sees its rows of all ranks anyway"
         )
 
 

@@ -50,15 +50,16 @@ class Exchange:
     def __init__(self, comm: Communicator) -> None:
         self.comm = comm.Dup()
         self._alarm = Alarm([self.comm])
+        self._users = 1
 
     @property
     def has_failed(self) -> bool:
         """Whether some rank has, as far as is known here. Local."""
         return not self._alarm.is_quiet
 
-    def check_usable(self) -> None:
+    def check_usable(self, *, is_freed: bool) -> None:
         """Raise when it was freed, or when a failure has left it in pieces. Local."""
-        if self.comm.is_freed:
+        if is_freed or self.comm.is_freed:
             raise CommunicatorFreedError("a mixture of experts must not be used after free()")
         if self._alarm.error is None and not self._alarm.is_quiet:
             raise HpcparError(
@@ -76,7 +77,8 @@ class Exchange:
         try:
             yield
         except Exception:
-            self._alarm.sound(traceback.format_exc())
+            if self.comm.size > 1:
+                self._alarm.sound(traceback.format_exc())
             raise
 
     def watch_backward(self) -> None:
@@ -145,13 +147,15 @@ class Exchange:
         return result
 
     def free(self) -> None:
-        """Give the communicator back, unless a failure has left messages in it. Collective."""
-        if self.comm.is_freed or self.has_failed:
+        """Give the communicator back, unless a copy uses it or a failure left messages in it. Collective."""
+        self._users -= 1
+        if self._users > 0 or self.comm.is_freed or self.has_failed:
             return
         self._alarm.free()
         self.comm.Free()
 
     def __deepcopy__(self, memo: object) -> Exchange:
+        self._users += 1
         return self  # a copy of a layer works over the same ranks, at its turn
 
     def __reduce__(self) -> str:
@@ -167,7 +171,9 @@ class Exchange:
         with self.armed():
             # Wait for the last rank patiently. Then all data is there, and moves only as fast as MPI is
             # called: in a wait that sleeps between its looks it would take many times as long (MPICH).
-            self.comm.Barrier()
+            barrier = self.comm.Ibarrier()
+            barrier.operation = "exchange of rows in forward or backward of a mixture of experts"
+            barrier.wait()
             request = self.comm.Ialltoallv(
                 [send, *_layout(sent, width)],
                 [receive, *_layout(received, width)],

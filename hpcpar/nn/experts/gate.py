@@ -126,6 +126,14 @@ class TopKGate(nn.Module):
                 tokens = tokens * torch.empty_like(tokens).uniform_(1.0 - self.jitter, 1.0 + self.jitter)
             return F.linear(tokens, self.weight.to(dtype))
 
+    def _apply(self, fn: Any, recurse: bool = True) -> TopKGate:
+        """Convert or move, but leave the bias in a type in which small steps count. Local."""
+        bias = self.expert_bias
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.expert_bias.dtype.itemsize < 4:
+            self.expert_bias = bias.to(self.expert_bias.device)
+        return self
+
     def update_bias(self, load: torch.Tensor) -> None:
         """Make overloaded experts less likely, and the others more. Local.
 

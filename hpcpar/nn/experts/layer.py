@@ -27,6 +27,7 @@ import torch
 from torch import nn
 
 from hpcpar.comm import world
+from hpcpar.errors import HpcparError
 from hpcpar.nn.agreement import agree, check_alike
 from hpcpar.nn.data_parallel import broadcast_packed
 from hpcpar.nn.experts.call import Call, agree_on_call, agree_on_output, judge
@@ -132,11 +133,15 @@ class MixtureOfExperts(nn.Module):
         self.load = torch.zeros(self.num_experts, dtype=torch.int64)
         self.routing_memory = RoutingMemory()
         self._loss_scale = 0.0
-        self._output: tuple[int, torch.dtype] | None = None  # of the last forward in which experts had rows
+        self._bias_version = 0
+        self._is_freed = False
+        # By the type of the tokens, what experts returned when they last had rows.
+        self._outputs: dict[torch.dtype, tuple[int, torch.dtype]] = {}
         self.register_load_state_dict_pre_hook(ignore_absent_experts)  # type: ignore[no-untyped-call]
 
     # Running ---------------------------------------------------------------------------------------------
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # MPI is not for tracing
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Send tokens through their experts. Collective, as is the backward.
 
@@ -151,23 +156,27 @@ class MixtureOfExperts(nn.Module):
         torch.Tensor
             Shape (..., d_out), in the type of the experts' outputs.
         """
-        self._exchange.check_usable()
+        self._exchange.check_usable(is_freed=self._is_freed)
         with self._exchange.armed():
             pass  # hears of failures since the last forward, before anything is computed
-        with self._exchange.sounding():
-            tokens, logits = judge(self.gate, inputs)
+        judged = judge(self.gate, inputs)
         call = agree_on_call(
             self._exchange,
             self.routing_memory,
-            tokens,
-            logits,
+            judged,
             num_experts=self.num_experts,
             training=self.training,
             trainable=any(p.requires_grad for p in self.experts.parameters()),
         )
-        if call.needs_graph and self.training and not self.routing_memory.is_replay:
+        is_replay = self.routing_memory.is_replay
+        if is_replay and call.replayed is None and self._moves_bias:
+            raise HpcparError(
+                "a recomputation must repeat a forward that is remembered, got none like it. Its bias has "
+                "moved since; let fewer forwards wait for their backward"
+            )
+        if call.needs_graph and not is_replay:
             self.experts.prepare()
-        output = self._compute(inputs, tokens, logits, call)
+        output = self._compute(inputs, judged.tokens, judged.logits, call)
         if call.needs_graph:
             self.experts.watch(output)
         return output
@@ -204,7 +213,7 @@ class MixtureOfExperts(nn.Module):
             self._loss_scale,
             needs_gradient=call.needs_graph,
         )
-        if call.replayed is None:
+        if not self.routing_memory.is_replay:
             self._remember(routing, has_graph=call.needs_graph)
         output = output.view(*inputs.shape[:-1], output.shape[-1])
         return output if shared is None else output + shared
@@ -241,7 +250,7 @@ class MixtureOfExperts(nn.Module):
         size, statistics = self._exchange.comm.size, routing.statistics
         balance = balancing_loss(probabilities, statistics, size, gate.balancing_coefficient)
         square = z_loss(logits, statistics, size, gate.z_coefficient)
-        if routing.replays == 0:
+        if not self.routing_memory.is_replay:
             gate.balancing_loss, gate.z_loss = balance, square
         return balance + square
 
@@ -251,8 +260,9 @@ class MixtureOfExperts(nn.Module):
         """What an expert returns for no rows; other ranks may know. Collective, not in a replay."""
         if routing.output is None:
             known = agree_on_output(self._exchange, answers)
-            self._output = known or self._output
-            routing.output = self._output or (tokens.shape[1], tokens.dtype)
+            if known is not None:
+                self._outputs[tokens.dtype] = known
+            routing.output = self._outputs.get(tokens.dtype, (tokens.shape[1], tokens.dtype))
         features, dtype = routing.output
         return torch.empty((0, features), dtype=dtype, device=tokens.device)
 
@@ -266,11 +276,19 @@ class MixtureOfExperts(nn.Module):
             shared: torch.Tensor = self.shared_expert(inputs)
         return shared
 
+    @property
+    def _moves_bias(self) -> bool:
+        return self.training and isinstance(self.gate, TopKGate) and self.gate.bias_update_rate > 0.0
+
     def _remember(self, routing: Routing, *, has_graph: bool) -> None:
         self.load = routing.load
-        self.routing_memory.remember(routing, keep=self.training and not has_graph)
-        if self.training and isinstance(self.gate, TopKGate):
-            self.gate.update_bias(routing.statistics.choices.sum(0))
+        routing.training, routing.has_graph = self.training, has_graph
+        routing.bias_version = self._bias_version
+        self.routing_memory.remember(routing)
+        if self._moves_bias:
+            assert isinstance(self.gate, TopKGate)
+            self._bias_version += 1
+            self.gate.update_bias(self.experts.summed_over_layers(routing.statistics.choices.sum(0)))
 
     def share_gradients(self, comm: Communicator, *, average: bool, options: ReductionOptions) -> None:
         """Keep experts equal on all ranks of ``comm``: :meth:`LocalExperts.share_gradients`. Collective."""
@@ -289,8 +307,10 @@ class MixtureOfExperts(nn.Module):
         if self._exchange.has_failed:
             self.experts.give_up()  # other ranks may never come to free theirs
             return
-        self.experts.free()
-        self._exchange.free()
+        if not self._is_freed:
+            self._is_freed = True
+            self.experts.free()
+            self._exchange.free()
 
     def __enter__(self) -> MixtureOfExperts:
         return self

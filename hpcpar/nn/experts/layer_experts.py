@@ -18,9 +18,11 @@ import torch
 from torch import nn
 
 from hpcpar.errors import MismatchError
+from hpcpar.nn.data_parallel import DataParallel
 from hpcpar.nn.experts.layer import MixtureOfExperts
+from hpcpar.nn.pipeline.pipeline import Pipeline
 
-__all__ = ["LayerExpert", "layer_experts"]
+__all__ = ["LayerExpert", "layer_experts", "unwrapped"]
 
 
 def layer_experts(
@@ -31,7 +33,7 @@ def layer_experts(
     Parameters
     ----------
     module
-        The model, wrapped in :class:`~hpcpar.nn.DataParallel` or not: the uids are the same.
+        The model. The uids are the same in :class:`~hpcpar.nn.DataParallel`, in a pipeline, and compiled.
     optimizer
         Of the model; with it the state of an expert includes that of its parameters.
 
@@ -40,13 +42,25 @@ def layer_experts(
     >>> hpcpar.checkpoint.save_experts("run/experts", hpcpar.nn.layer_experts(model, optimizer), comm)
     """
     found = {}
+    module = unwrapped(module)
     for name, layer in module.named_modules():
         if isinstance(layer, MixtureOfExperts):
-            words = [word for word in name.split(".") if word]
-            prefix = ".".join([*words[words[:1] == ["module"] :], "expert"])
             for number, expert in layer.experts.items():
-                found[f"{prefix}.{number}"] = LayerExpert(expert, optimizer)
+                found[".".join(filter(None, [name, "expert", number]))] = LayerExpert(expert, optimizer)
     return found
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The model inside of data parallelism, of a pipeline, and of ``torch.compile``. Local."""
+    while True:
+        if isinstance(module, DataParallel):
+            module = module.module
+        elif isinstance(module, Pipeline):
+            return module.layers
+        elif isinstance(inner := getattr(module, "_orig_mod", None), nn.Module):
+            module = inner
+        else:
+            return module
 
 
 class LayerExpert:
@@ -96,6 +110,7 @@ class LayerExpert:
             return
         for name, parameter in self._expert.named_parameters():
             saved = state["optimizer"].get(name)
+            self._optimizer.state.pop(parameter, None)
             if saved is not None:
                 self._optimizer.state[parameter] = {
                     key: value.to(parameter.device, copy=True) if _is_elementwise(value) else copy.copy(value)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from hpcpar.comm import MPI
 from hpcpar.errors import MismatchError
 from hpcpar.nn.experts.dispatch import without_rows
 from hpcpar.nn.experts.exchange import Exchange
@@ -116,7 +117,14 @@ class LocalExperts(nn.ModuleDict):
         self.prepare(renew=True)
 
     def keep_gradients(self) -> None:
-        """Give experts the gradient of the sum over the layer's own ranks, as at the start. Collective."""
+        """Give experts the gradient of the sum over the layer's own ranks, as at the start. Collective.
+
+        After a failure, or when the layer is freed, nothing is reduced any more: Local.
+        """
+        if self._exchange.has_failed or self._exchange.comm.is_freed:
+            self.give_up()
+            self._replicas = self._sharing = None
+            return
         options = ReductionOptions(
             bucket_mb=None, blocking=False, wire_dtype=None, transport="auto", progress="hooks"
         )
@@ -176,10 +184,24 @@ class LocalExperts(nn.ModuleDict):
         return float(torch.linalg.vector_norm(norms, norm_type))
 
     def free(self) -> None:
-        """Give communicators and memory of the replicas back. Collective."""
-        if self._replicas is not None:
+        """Give communicators and memory of the replicas back; Local after a failure, else Collective."""
+        if self._replicas is not None and self._exchange.has_failed:
+            self._replicas.give_up()
+        elif self._replicas is not None:
             self._replicas.free()
         self._replicas = self._sharing = None
+
+    def summed_over_layers(self, counts: torch.Tensor) -> torch.Tensor:
+        """Counts of this layer, the same on all of its ranks, and of others that share its experts, added up.
+
+        As often as a layer has ranks. Collective over the ranks that share gradients.
+        """
+        sharing = self._sharing
+        if sharing is None or sharing.comm.size == self._exchange.comm.size:
+            return counts
+        total = counts.clone()
+        sharing.comm.Allreduce(MPI.IN_PLACE, total)
+        return total
 
     def prepare(self, *, renew: bool = False) -> None:
         """Make the reduction of replicas where it is missing, or does not fit any more. Collective then.

@@ -102,8 +102,8 @@ class ReplicaGradients:
         self._open()
 
     def refresh(self) -> None:
-        """Notice parameters that were frozen or unfrozen since. Local, Collective if some were."""
-        if self._trainable != [parameter.requires_grad for parameter in self._experts.parameters()]:
+        """Notice parameters that were frozen, unfrozen or converted since. Local, Collective if some were."""
+        if self._fitting != self._facts():
             self._close()
             self._open()
 
@@ -138,8 +138,8 @@ class ReplicaGradients:
         return None  # a copy of the experts makes its own, on all ranks together
 
     def _open(self) -> None:
-        self._trainable = [parameter.requires_grad for parameter in self._experts.parameters()]
-        if self._group.size == 1 or not any(self._trainable):
+        self._fitting = self._facts()
+        if self._group.size == 1 or not any(p.requires_grad for p in self._experts.parameters()):
             return
         self._reduction = GradientReduction(
             [(name, p) for name, p in self._experts.named_parameters() if p.requires_grad],
@@ -149,6 +149,9 @@ class ReplicaGradients:
             self._options,
         )
         self._reduction.after_end = self._synchronize_buffers
+
+    def _facts(self) -> list[object]:
+        return [(p.requires_grad, p.dtype, p.device) for p in self._experts.parameters()]
 
     def _close(self) -> None:
         if self._reduction is not None:

@@ -97,6 +97,10 @@ class Routing:
         Rows of each expert over all ranks, shape (num_experts,), int64, on the host.
     replays : int
         How often it was used again.
+    training, has_graph : bool
+        In which mode, and whether the forward has a graph.
+    bias_version : int
+        How often the gate's bias had moved before.
     output : tuple or None
         Features and type of what the experts return, once they have.
     """
@@ -108,6 +112,9 @@ class Routing:
     statistics: Statistics
     load: torch.Tensor
     replays: int = 0
+    training: bool = False
+    has_graph: bool = False
+    bias_version: int = 0
     output: tuple[int, torch.dtype] | None = None
 
 

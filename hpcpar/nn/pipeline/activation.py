@@ -120,13 +120,14 @@ class Activation:
             kind = tuple(parcel.label for parcel in self._incoming)
             flags = known.get(kind)
             self._versions = [t._version for parcel in self._incoming for t in parcel.tensors]
-        if training and flags is None:
-            with self._stage.to_be_recomputed() if self._checkpoint else nullcontext():
+        recomputed = training and self._checkpoint
+        with self._stage.to_be_recomputed(self._microbatch) if recomputed else nullcontext():
+            if training and flags is None:
                 outputs, value, loss = self._compute(self._stage.overwrites_input)
-        else:
-            # What autocast caches without a graph must not reach a forward that needs one.
-            with torch.no_grad(), Contexts.capture(self._device).restored():
-                outputs, value, loss = self._compute(self._stage.overwrites_input)
+            else:
+                # What autocast caches without a graph must not reach a forward that needs one.
+                with torch.no_grad(), Contexts.capture(self._device).restored():
+                    outputs, value, loss = self._compute(self._stage.overwrites_input)
         if not training:
             self._incoming, self._leaves, self._roots = [], [], []
         elif self._checkpoint:
@@ -168,7 +169,7 @@ class Activation:
             self._incoming = [Parcel(p.label, [t.detach() for t in p.tensors]) for p in self._incoming]
         self._leaves = self._mark(self._incoming)
         assert self._contexts is not None  # only a checkpointed forward leaves anything to compute again
-        with torch.enable_grad(), self._contexts.restored(), self._stage.recomputing():
+        with torch.enable_grad(), self._contexts.restored(), self._stage.recomputing(self._microbatch):
             outputs, _, loss = self._compute(self._stage.overwrites_input)
         self._keep_roots(outputs, loss)
         self._incoming = []
@@ -232,8 +233,9 @@ class Activation:
             for edge, parcel in zip(plan.incoming, self._incoming[-len(plan.incoming) :], strict=False)
             if edge.skip is not None
         }
-        value, stashed = self._stage.run(self._microbatch, chain.value(), popped)
         samples, total = chain.label.samples, chain.label.total
+        self._stage.weigh_losses(samples / total)
+        value, stashed = self._stage.run(self._microbatch, chain.value(), popped)
         outputs = [
             pack(value if edge.skip is None else stashed[edge.skip], samples, total) for edge in plan.outgoing
         ]

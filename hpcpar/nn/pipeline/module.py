@@ -129,6 +129,8 @@ class PipelineModule(nn.Module):
     def optimizer_state_dict(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """The state of every rank's optimizer by parameter names of the unsplit model. Collective.
 
+        Without those of experts, which are saved one by one, see :func:`hpcpar.nn.layer_experts`.
+
         Returns
         -------
         dict

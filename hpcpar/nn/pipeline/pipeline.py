@@ -218,9 +218,8 @@ class Pipeline(PipelineModule):
             self._reductions.begin()
             self._seeds.begin(training=True)
             # A sum is made a mean by ``scale``; the losses of layers are means already.
-            weight = 1.0 if self._loss_reduction == "sum" else scale
             for stage in self._stages.values():
-                stage.inject_losses(weight / self._microbatches)
+                stage.losses_scale = 1.0 if self._loss_reduction == "sum" else scale
             with torch.enable_grad():
                 self._runtime.run(step)
             with self._runtime.recorder.waiting("reduce"):

@@ -130,7 +130,12 @@ class PipelineReductions:
         self._of_stage, self._of_several = {}, []
 
     def _trainable_now(self) -> list[bool]:
-        return [p.requires_grad for stage in self._stages.values() for p in stage.parameters]
+        return [
+            parameter.requires_grad
+            for stage in self._stages.values()
+            for parameter in stage.parameters
+            if id(parameter) not in self._apart
+        ]
 
     @contextmanager
     def backward_of(self, stage: int, is_last: bool) -> Iterator[None]:

@@ -57,6 +57,8 @@ class Stage:
     ----------
     meets_replicas : bool
         Whether computing it is Collective over its replicas.
+    losses_scale : float
+        Of the gradients of losses that layers add themselves, for a whole batch.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class Stage:
             for layer in layers
             for module in layer.modules()
         )
+        self.losses_scale = 1.0
         self._draws: list[bool] = []
         self._has_skips = any(stash_names(layer) or pop_names(layer) for layer in layers)
         self.overwrites_input = _overwrites_input(self.layers)
@@ -164,10 +167,10 @@ class Stage:
         modules = [module.training for layer in self.layers for module in layer.modules()]
         return (*modules, *(p.requires_grad for layer in self.layers for p in layer.parameters()))
 
-    def inject_losses(self, scale: float) -> None:
-        """Have layers with losses of their own add their gradients, times ``scale``, in backward. Local."""
+    def weigh_losses(self, share: float) -> None:
+        """Have layers with losses of their own add their gradients, for a share of the batch. Local."""
         for module in self._injecting:
-            module.inject_losses(scale)
+            module.inject_losses(share * self.losses_scale)
 
     def end_step(self, replicas: Communicator | None) -> None:
         """Update deferred running statistics. Collective over ``replicas`` of the stage, if given."""
@@ -176,15 +179,15 @@ class Stage:
                 layer.commit(replicas)
 
     @contextmanager
-    def to_be_recomputed(self) -> Iterator[None]:
+    def to_be_recomputed(self, microbatch: int) -> Iterator[None]:
         """Around a forward whose graph is dropped. Local."""
         with ExitStack() as stack:
             for part in self.layers:
-                stack.enter_context(to_be_replayed(part))
+                stack.enter_context(to_be_replayed(part, (self.plan.index, microbatch)))
             yield
 
     @contextmanager
-    def recomputing(self) -> Iterator[None]:
+    def recomputing(self, microbatch: int) -> Iterator[None]:
         """Give the layers copies of the buffers that they change, for the block. Local.
 
         To put the old contents back instead would look to autograd like a change of what it has saved.
@@ -198,7 +201,7 @@ class Stage:
         try:
             with ExitStack() as stack:
                 for part in self.layers:
-                    stack.enter_context(replaying(part))
+                    stack.enter_context(replaying(part, (self.plan.index, microbatch)))
                 yield
         finally:
             for layer in self._deferred:

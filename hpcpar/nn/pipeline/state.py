@@ -16,7 +16,7 @@ from torch import nn
 
 from hpcpar.errors import MismatchError
 from hpcpar.nn.data_parallel import broadcast_packed
-from hpcpar.nn.own_gradients import SpreadState
+from hpcpar.nn.own_gradients import SpreadState, own_tensors
 
 if TYPE_CHECKING:
     from hpcpar.comm import Communicator
@@ -51,6 +51,7 @@ class StateOfStages:
     ) -> None:
         self._layers = layers
         self._placeholder = placeholder
+        self._apart = own_tensors(layers)
         self._comm = comm
         self._place = {name: index for index, name in enumerate(order)}
         self._spread = {name: part for name, part in layers.named_modules() if isinstance(part, SpreadState)}
@@ -97,14 +98,14 @@ class StateOfStages:
         return nn.modules.module._IncompatibleKeys(missing, unexpected)
 
     def gather_optimizer(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """The states of all ranks' optimizers by name. Collective."""
+        """The states of all ranks' optimizers by name, without those of experts. Collective."""
         groups = [
             {**{k: v for k, v in group.items() if k not in ("params", "param_names")},
-             "params": [self._name(p) for p in group["params"] if p is not self._placeholder]}
+             "params": [self._name(p) for p in group["params"] if not self._is_left_out(p)]}
             for group in optimizer.param_groups
         ]  # fmt: skip
         states = {
-            self._name(p): dict(state) for p, state in optimizer.state.items() if p is not self._placeholder
+            self._name(p): dict(state) for p, state in optimizer.state.items() if not self._is_left_out(p)
         }
         full: dict[str, Any] = {"state": {}, "param_groups": []}
         for root in range(self._comm.size):
@@ -132,7 +133,9 @@ class StateOfStages:
             numbered["param_groups"].append({**group, **saved, "params": list(numbers)})
             numbered["param_groups"][-1].pop("param_names", None)
             for place, parameter in zip(numbers, group["params"], strict=True):
-                if parameter is self._placeholder:
+                if self._is_left_out(parameter):
+                    if parameter in optimizer.state:
+                        numbered["state"][place] = optimizer.state[parameter]
                     continue
                 self._check_known(parameter, saved["params"])
                 found = next((n for n in self._aliases[id(parameter)] if n in state["state"]), None)
@@ -147,6 +150,10 @@ class StateOfStages:
                 f"the state of an optimizer must have parameter {name!r} in the group in which it is here, "
                 f"got a group of {len(names)} others. Make the groups as they were when the state was saved"
             )
+
+    def _is_left_out(self, parameter: torch.Tensor) -> bool:
+        """Whether it stands for none, or is an expert's, of which other replicas have not heard."""
+        return parameter is self._placeholder or id(parameter) in self._apart
 
     def _place_of(self, name: str) -> int:
         return self._place.get(name.partition(".")[0], 0)

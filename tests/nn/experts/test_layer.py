@@ -408,3 +408,5 @@ def test_copy_works_and_pickling_is_refused(comm: Communicator) -> None:
     with pytest.raises(CommunicatorFreedError):
         layer(x[mine])
     layer.free()
+    twin(x[mine])  # a copy goes on
+    twin.free()

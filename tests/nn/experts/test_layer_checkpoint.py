@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hpcpar.comm import Communicator
+from hpcpar.errors import HpcparError
 from hpcpar.nn.experts.gate import TopKGate
 from hpcpar.nn.experts.layer import MixtureOfExperts
-from hpcpar.nn.experts.replay import replaying
+from hpcpar.nn.experts.replay import replaying, to_be_replayed
 from tests.nn.experts.mixtures import expert, gate, rows_of
 
 Run = Callable[..., Tensor]
@@ -133,14 +134,44 @@ def test_replay_on_request(comm: Communicator) -> None:
     with make(comm) as layer:
         router_of(layer).jitter = 0.0
         x, mine = rows_of(comm, [4, 0, 3])
-        with torch.no_grad():
-            first, second = layer(x[mine]), layer(x[mine])
+        model = nn.Sequential(layer)
+        forwards = []
+        for key in ("a", "b"):
+            with torch.no_grad(), to_be_replayed(model, key):
+                forwards.append((layer(x[mine]), layer(x[mine])))
         bias = router_of(layer).expert_bias.clone()
-        with replaying(nn.Sequential(layer)):
-            outputs = [layer(x[mine]), layer(x[mine])]
-        assert torch.equal(outputs[0], second) and torch.equal(outputs[1], first)  # the last one first
+        for key, (first, second) in zip(("a", "b"), forwards, strict=True):  # the bias moved each time
+            with replaying(model, key):
+                outputs = layer(x[mine]), layer(x[mine])
+            assert torch.equal(outputs[0], first) and torch.equal(outputs[1], second)
         assert torch.equal(router_of(layer).expert_bias, bias)
         outputs[0].sum().backward()
+
+
+def test_forwards_that_nobody_can_tell_apart_are_an_error(comm: Communicator) -> None:
+    with make(comm) as layer:
+        router_of(layer).jitter = 0.0
+        x, mine = rows_of(comm, [4, 0, 3])
+        output = REENTRANT(layer, x[mine].clone().requires_grad_())
+        with torch.no_grad():
+            layer(x[mine])  # the same tokens, in training mode, and the bias has moved
+        with pytest.raises(HpcparError, match="told from other forwards"):
+            output.sum().backward()
+
+
+def test_recomputation_in_eval_mode_is_its_own(comm: Communicator) -> None:
+    found = []
+    for run in (PLAIN, REENTRANT):
+        with make(comm) as layer:
+            router_of(layer).jitter = 0.0
+            x, mine = rows_of(comm, [4, 0, 3])
+            alive = layer(x[mine] + 1.0)  # a forward in training, whose graph lives
+            layer.eval()
+            part = x[mine].clone().requires_grad_()
+            run(layer, part).sin().sum().backward()
+            found.append(results(layer, [part]))
+            del alive
+    assert_bitwise(found[1], found[0])
 
 
 def test_routings_live_as_long_as_their_graphs(comm: Communicator) -> None:

@@ -68,15 +68,14 @@ def expected_gradients(
 ) -> Tensor:
     """As the pipelines have it: microbatch by microbatch, the tokens of all replicas together."""
     total = torch.zeros((), dtype=torch.float64)
-    each = SAMPLES // microbatches
-    for microbatch in range(microbatches):
-        rows = slice(microbatch * each, (microbatch + 1) * each)
+    for rows in torch.arange(SAMPLES).tensor_split(microbatches):
+        share = len(rows) / SAMPLES
         x = torch.cat([inputs[rows] for inputs, _ in step])
         y = torch.cat([targets[rows] for _, targets in step])
         losses.clear()
         loss = nn.functional.mse_loss(model(x), y)
-        torch.autograd.backward((loss + torch.stack(losses).sum()) / microbatches)
-        total += loss.detach() / microbatches
+        torch.autograd.backward((loss + torch.stack(losses).sum()) * share)
+        total += loss.detach() * share
     return total
 
 
@@ -128,6 +127,27 @@ def test_gradients_equal_one_process(
         compare(pipe, model)
         optimizer.step()
         twin.step()
+    pipe.free()
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zero_bubble"])
+def test_microbatches_of_unequal_size_and_equal_content(comm: Communicator, schedule: str) -> None:
+    """Layers' losses are weighted like the loss; one replica has the same samples in each microbatch."""
+    grid = grid_of(comm)
+    losses: list[Tensor] = []
+    options = {"balancing_coefficient": 0.3, "z_coefficient": 0.1}
+    model = reference(4, losses, **options)
+    pipe = Pipeline(
+        split_model(4, grid.data, **options), grid.pipeline, microbatches=4, schedule=schedule,
+        checkpoint="always", loss_fn=nn.functional.mse_loss, data_comm=grid.data,
+    )  # fmt: skip
+    for step in batches(grid.data.size, 2):
+        step[0] = tuple(part[:1].expand_as(part).contiguous() for part in step[0])  # type: ignore[assignment]
+        pipe.zero_grad()
+        model.zero_grad()
+        pipe.train_step(*step[grid.data.rank])
+        expected_gradients(model, losses, step, 4)
+        compare(pipe, model)
     pipe.free()
 
 
