@@ -11,7 +11,6 @@ were one more expert, which lives everywhere.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,10 +21,9 @@ from torch import nn
 
 import common
 import hpcpar
-from expert_gpt import expert_layers
 from hpcpar.checkpoint import load_experts, save_experts
 from hpcpar.comm import Communicator
-from hpcpar.errors import CheckpointError, MismatchError
+from hpcpar.errors import CheckpointError
 
 __all__ = ["resume_run", "save_run"]
 
@@ -33,45 +31,20 @@ TRUNK = "trunk"
 
 
 class Trunk:
-    """All of a model but the experts, and its part of the optimizer."""
+    """What all ranks have alike, and the number of steps."""
 
     def __init__(self, net: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
         self.step = step
-        self._optimizer = optimizer
-        experts = [layer.experts for layer in expert_layers(net).values()]
-        apart = {id(t) for part in experts for t in (*part.parameters(), *part.buffers())}
-        named: list[tuple[str, torch.Tensor]] = [*net.named_parameters(), *net.named_buffers()]
-        self._tensors = {name: tensor for name, tensor in named if id(tensor) not in apart}
+        self._shared = hpcpar.nn.shared_state(net, optimizer)
 
     def get_full_state(self) -> dict[str, Any]:
         """A copy of the state."""
-        states = self._optimizer.state
-        return {
-            "step": self.step,
-            "model": {name: tensor.detach().clone() for name, tensor in self._tensors.items()},
-            "optimizer": {
-                name: copy.deepcopy(dict(states[tensor]))
-                for name, tensor in self._tensors.items()
-                if tensor in states
-            },
-        }
+        return {"step": self.step, **self._shared.get_full_state()}
 
-    @torch.no_grad()
     def load_full_state(self, state: Mapping[str, Any]) -> None:
         """Go on from a state."""
-        shapes = {name: tuple(tensor.shape) for name, tensor in state["model"].items()}
-        if shapes != {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}:
-            raise MismatchError("it is of a model of other size")
+        self._shared.load_full_state(state)
         self.step = state["step"]
-        for name, tensor in self._tensors.items():
-            tensor.copy_(state["model"][name])
-            if name in state["optimizer"]:
-                self._optimizer.state[tensor] = {
-                    key: value.to(tensor.device)
-                    if value.dim()
-                    else value  # the count of steps stays on the host
-                    for key, value in state["optimizer"][name].items()
-                }
 
 
 def save_run(

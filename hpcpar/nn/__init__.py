@@ -8,7 +8,8 @@ from hpcpar.nn.experts.clipping import clip_grad_norm_
 from hpcpar.nn.experts.descriptor import BatchTensorDescriptor
 from hpcpar.nn.experts.gate import TopKGate
 from hpcpar.nn.experts.layer import MixtureOfExperts
-from hpcpar.nn.experts.layer_experts import layer_experts
+from hpcpar.nn.experts.layer_experts import layer_experts, shared_state
+from hpcpar.nn.experts.overflow import agree_on_overflow
 from hpcpar.nn.experts.remote_mixture import RemoteMixtureOfExperts, RemoteSwitchMixtureOfExperts
 from hpcpar.nn.experts.server import ExpertServer
 from hpcpar.nn.experts.task_pool import TaskPool
@@ -27,7 +28,9 @@ __all__ = [
     "SyncBatchNorm",
     "TaskPool",
     "TopKGate",
+    "agree_on_overflow",
     "clip_grad_norm_",
     "convert_sync_batchnorm",
     "layer_experts",
+    "shared_state",
 ]

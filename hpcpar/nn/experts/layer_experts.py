@@ -20,9 +20,10 @@ from torch import nn
 from hpcpar.errors import MismatchError
 from hpcpar.nn.data_parallel import DataParallel
 from hpcpar.nn.experts.layer import MixtureOfExperts
+from hpcpar.nn.own_gradients import own_tensors
 from hpcpar.nn.pipeline.pipeline import Pipeline
 
-__all__ = ["LayerExpert", "layer_experts", "unwrapped"]
+__all__ = ["LayerExpert", "SharedState", "layer_experts", "shared_state"]
 
 
 def layer_experts(
@@ -42,7 +43,7 @@ def layer_experts(
     >>> hpcpar.checkpoint.save_experts("run/experts", hpcpar.nn.layer_experts(model, optimizer), comm)
     """
     found = {}
-    module = unwrapped(module)
+    module = _unwrapped(module)
     for name, layer in module.named_modules():
         if isinstance(layer, MixtureOfExperts):
             for number, expert in layer.experts.items():
@@ -50,7 +51,27 @@ def layer_experts(
     return found
 
 
-def unwrapped(module: nn.Module) -> nn.Module:
+def shared_state(module: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> SharedState:
+    """All of a model but its experts, which all ranks have alike, to be saved beside them. Local.
+
+    Parameters
+    ----------
+    module, optimizer
+        As in :func:`layer_experts`. Not of a pipeline, of which each rank has other layers.
+
+    Examples
+    --------
+    >>> parts = {"trunk": hpcpar.nn.shared_state(model, opt), **hpcpar.nn.layer_experts(model, opt)}
+    >>> hpcpar.checkpoint.save_experts("run/step-100", parts, comm)
+    >>> hpcpar.checkpoint.load_experts("run/step-100", parts, comm)  # on any number of ranks
+    """
+    module = _unwrapped(module)
+    apart = own_tensors(module)
+    named: list[tuple[str, torch.Tensor]] = [*module.named_parameters(), *module.named_buffers()]
+    return SharedState({name: tensor for name, tensor in named if id(tensor) not in apart}, optimizer)
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
     """The model inside of data parallelism, of a pipeline, and of ``torch.compile``. Local."""
     while True:
         if isinstance(module, DataParallel):
@@ -63,7 +84,75 @@ def unwrapped(module: nn.Module) -> nn.Module:
             return module
 
 
-class LayerExpert:
+class SharedState:
+    """Tensors by name, and an optimizer's state of them, which can be taken and given back. Local.
+
+    Parameters
+    ----------
+    tensors
+        Parameters and buffers.
+    optimizer
+        Of the parameters, among others; ``None`` for states without it.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer | None) -> None:
+        self._tensors = dict(tensors)
+        self._optimizer = optimizer
+
+    def get_full_state(self) -> dict[str, Any]:
+        """A copy: ``model``, and by parameter name ``optimizer``, ``None`` without one. Local."""
+        self._settle()
+        model = {name: value.detach().clone() for name, value in self._tensors.items()}
+        if self._optimizer is None:
+            return {"model": model, "optimizer": None}
+        states = {
+            name: copy.deepcopy(dict(self._optimizer.state[tensor]))
+            for name, tensor in self._tensors.items()
+            if tensor in self._optimizer.state
+        }
+        return {"model": model, "optimizer": states}
+
+    @torch.no_grad()
+    def load_full_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from such a state. Local.
+
+        Raises
+        ------
+        MismatchError
+            When it is not one of such tensors, or lacks the optimizer's part that is wanted here.
+        """
+        if self._optimizer is not None and state.get("optimizer") is None:
+            raise MismatchError("the state must have that of its optimizer, got one without")
+        wanted = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+        given = {name: tuple(tensor.shape) for name, tensor in state.get("model", {}).items()}
+        if wanted != given:
+            different = sorted(set(wanted.items()) ^ set(given.items()))
+            raise MismatchError(
+                f"the state must be of the same names and shapes, got another in {different[0][0]!r}"
+            )
+        self._settle()
+        for name, tensor in self._tensors.items():
+            tensor.copy_(state["model"][name])
+            if self._optimizer is not None:
+                self._load_optimizer(tensor, state["optimizer"].get(name))
+
+    def _load_optimizer(self, tensor: torch.Tensor, saved: Mapping[str, Any] | None) -> None:
+        assert self._optimizer is not None
+        self._optimizer.state.pop(tensor, None)
+        if saved is not None:
+            self._optimizer.state[tensor] = {
+                key: value.to(tensor.device, copy=True) if _is_elementwise(value) else copy.copy(value)
+                for key, value in saved.items()
+            }
+
+    def _settle(self) -> None:
+        """An overlapping optimizer may have steps to do."""
+        finish = getattr(self._optimizer, "finish", None)
+        if finish is not None:
+            finish()
+
+
+class LayerExpert(SharedState):
     """One expert of a layer, as something whose state can be taken and given back. Local.
 
     Parameters
@@ -75,53 +164,7 @@ class LayerExpert:
     """
 
     def __init__(self, expert: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-        self._expert = expert
-        self._optimizer = optimizer
-
-    def get_full_state(self) -> dict[str, Any]:
-        """A copy: ``model``, and by parameter name ``optimizer``, ``None`` without one. Local."""
-        model = {name: value.detach().clone() for name, value in self._expert.state_dict().items()}
-        if self._optimizer is None:
-            return {"model": model, "optimizer": None}
-        self._settle()
-        states = {
-            name: copy.deepcopy(dict(self._optimizer.state[parameter]))
-            for name, parameter in self._expert.named_parameters()
-            if parameter in self._optimizer.state
-        }
-        return {"model": model, "optimizer": states}
-
-    def load_full_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from such a state. Local.
-
-        Raises
-        ------
-        MismatchError
-            When it is not one of such an expert, or lacks the optimizer's part that is wanted here.
-        """
-        if self._optimizer is not None and state.get("optimizer") is None:
-            raise MismatchError("the state of an expert must have that of its optimizer, got one without")
-        self._settle()
-        try:
-            self._expert.load_state_dict(state["model"])
-        except (RuntimeError, KeyError) as error:
-            raise MismatchError(f"the state must be that of such an expert: {error}") from error
-        if self._optimizer is None:
-            return
-        for name, parameter in self._expert.named_parameters():
-            saved = state["optimizer"].get(name)
-            self._optimizer.state.pop(parameter, None)
-            if saved is not None:
-                self._optimizer.state[parameter] = {
-                    key: value.to(parameter.device, copy=True) if _is_elementwise(value) else copy.copy(value)
-                    for key, value in saved.items()
-                }
-
-    def _settle(self) -> None:
-        """An overlapping optimizer may have steps to do."""
-        finish = getattr(self._optimizer, "finish", None)
-        if finish is not None:
-            finish()
+        super().__init__(expert.state_dict(keep_vars=True), optimizer)
 
 
 def _is_elementwise(value: object) -> bool:
