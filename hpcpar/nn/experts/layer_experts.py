@@ -164,7 +164,9 @@ class LayerExpert(SharedState):
     """
 
     def __init__(self, expert: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-        super().__init__(expert.state_dict(keep_vars=True), optimizer)
+        state = expert.state_dict(keep_vars=True)
+        tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+        super().__init__(tensors, optimizer)
 
 
 def _is_elementwise(value: object) -> bool:

@@ -1,7 +1,7 @@
 """Overflows of mixed precision, where each rank has the gradients of other experts.
 
-A ``GradScaler`` skips a step, and lowers its scale, when a gradient is not finite. Replicated gradients are the
-same on all ranks, and so is the decision; an expert's are on one rank only. That rank alone would skip.
+A ``GradScaler`` skips a step, and lowers its scale, when a gradient is not finite. Replicated gradients are
+the same on all ranks, and so is the decision; an expert's are on one rank only. That rank alone would skip.
 """
 
 from __future__ import annotations
