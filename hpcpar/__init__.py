@@ -4,8 +4,18 @@ Start a script with ``mpirun -n 64 python train.py``; see the README for a first
 does not start MPI.
 """
 
+import importlib
+from types import ModuleType
+
 from hpcpar import comm, errors, nn, optim
 
-__all__ = ["__version__", "comm", "errors", "nn", "optim"]
+__all__ = ["__version__", "checkpoint", "comm", "errors", "nn", "optim"]
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Import the packages that bring others with them (h5py) when they are first used."""
+    if name == "checkpoint":
+        return importlib.import_module("hpcpar.checkpoint")
+    raise AttributeError(f"module 'hpcpar' has no attribute {name!r}")

@@ -35,13 +35,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from hpcpar.comm.message import Message, on_host
+from hpcpar.comm.message import HEADER_WORDS, Message, all_advance, check_length, header, on_host
 from hpcpar.comm.mpi import MPI
 from hpcpar.comm.peers import Farewell, Peers
 from hpcpar.comm.progress import Patience, wait_until
 from hpcpar.comm.request import Request
+from hpcpar.comm.served_call import ServedCall
 from hpcpar.comm.tensor_spec import TensorSpec, decode_specs, encode_specs, spec_of
-from hpcpar.errors import CommunicatorFreedError, HpcparError, MismatchError, RankFailedError
+from hpcpar.errors import CommunicatorFreedError, HpcparError, RankFailedError
 
 if TYPE_CHECKING:
     from mpi4py import MPI as MPITypes
@@ -51,10 +52,8 @@ if TYPE_CHECKING:
 __all__ = ["Call", "CallExchange", "ServedCall"]
 
 _HEADER_TAG = 0
-_HEADER_WORDS = 256
 _FAREWELL_TAG = 0  # among the replies, which have those of calls
 _MOST_ARRIVING = 64
-_MOST_TEXT_BYTES = 64_000
 
 
 class CallExchange:
@@ -64,6 +63,13 @@ class CallExchange:
     ----------
     comm
         The ranks.
+
+    Attributes
+    ----------
+    failure : str or None
+        Set by the program when nobody will answer any more: calls that wait here raise it.
+    answering_thread : int or None
+        The thread that computes an answer now, and must not wait for one.
 
     Notes
     -----
@@ -85,6 +91,8 @@ class CallExchange:
         self._status = MPI.Status()
         self._lock = threading.Lock()
         self.bytes_sent = 0
+        self.failure: str | None = None
+        self.answering_thread: int | None = None
 
     # Calling ---------------------------------------------------------------------------------------------
 
@@ -109,7 +117,9 @@ class CallExchange:
         """
         hosts = [on_host(tensor) for tensor in tensors]
         announced = [len(words), len(hosts), *words, *encode_specs(map(spec_of, hosts))]
-        _check_length(1 + len(announced))
+        check_length(1 + len(announced))
+        for host in hosts:
+            host.data_ptr()  # raises for tensors without memory, such as those of a compiler
         if dest in self.peers.known_dead:
             raise self._failed(dest)
         self.progress()
@@ -119,13 +129,16 @@ class CallExchange:
             self._open[call.tag] = call
         try:
             call._expect(replies)
-            self._send(requests, torch.tensor([call.tag, *announced]), dest, _HEADER_TAG)
+            self._send(requests, header([call.tag, *announced]), dest, _HEADER_TAG)
             for host in hosts:
                 self._send(requests, host, dest, call.tag)
         except MPI.Exception as error:
             self.peers.report(dest, error)
             call.abandon()
             raise self._failed(dest) from error
+        except BaseException:
+            call.abandon()
+            raise
         return call
 
     def all_answered(self) -> bool:
@@ -335,6 +348,8 @@ class Call:
         RankFailedError
             When it does not.
         """
+        if self._exchange.failure is not None:
+            raise HpcparError(f"a call must be answered, but nobody will: {self._exchange.failure}")
         if self.dest in self._exchange.peers.dead():
             raise self._exchange._failed(self.dest)
 
@@ -343,7 +358,7 @@ class Call:
         self._exchange._abandon(self)
 
     def _expect(self, replies: MPITypes.Intracomm) -> None:
-        spec = (torch.int64, torch.Size([_HEADER_WORDS]))
+        spec = (torch.int64, torch.Size([HEADER_WORDS]))
         self._header = self._exchange._receive(replies, spec, self.dest, self.tag)
 
     def _advance(self) -> bool:
@@ -353,74 +368,17 @@ class Call:
         if self._parts is None:
             if not self._header.advance():
                 return False
-            failed, count, *rest = self._header.host.tolist()
+            failed, count, length, *_ = self._header.host[:3].tolist()
             self.failure = "" if failed else None
             replies = self._exchange._alive(self._exchange._replies)
-            specs = decode_specs(rest, count)
+            specs = decode_specs(self._header.host[3:length].tolist(), count)
             self._parts = [self._exchange._receive(replies, spec, self.dest, self.tag) for spec in specs]
-        if not _all_advance(self._parts):
+        if not all_advance(self._parts):
             return False
         self.tensors = [part.host for part in self._parts]
         if self.failure is not None:
             self.failure = self.tensors.pop().numpy().tobytes().decode(errors="replace")
         return True
-
-
-class ServedCall:
-    """A call of another rank, or of this one, that is served here.
-
-    Attributes
-    ----------
-    source : int
-        The caller.
-    words : tuple of int
-        What it says.
-    tensors : list of torch.Tensor
-        What it sent, on the host.
-    """
-
-    def __init__(self, exchange: CallExchange, source: int, tag: int, words: tuple[int, ...]) -> None:
-        self._exchange = exchange
-        self._tag = tag
-        self.source, self.words = source, words
-        self.tensors: list[torch.Tensor] = []
-        self._parts: list[Message] = []
-        self._arrived = False
-
-    def reply(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Start sending the answer. Point-to-point, does not wait, any thread."""
-        self._answer(0, tensors)
-
-    def fail(self, text: str) -> None:
-        """Start telling the caller why there is no answer. Point-to-point, does not wait, any thread."""
-        words = text.encode(errors="replace")[-_MOST_TEXT_BYTES:] or b"?"
-        self._answer(1, [torch.frombuffer(bytearray(words), dtype=torch.uint8)])
-
-    def _answer(self, failed: int, tensors: Sequence[torch.Tensor]) -> None:
-        exchange = self._exchange
-        hosts = [on_host(tensor) for tensor in tensors]
-        header = [failed, len(hosts), *encode_specs(map(spec_of, hosts))]
-        _check_length(len(header))
-        replies = exchange._alive(exchange._replies)
-        try:
-            for host in (torch.tensor(header), *hosts):
-                if self.source not in exchange.peers.known_dead:
-                    exchange._send(replies, host, self.source, self._tag)
-        except MPI.Exception as error:
-            exchange.peers.report(self.source, error)
-
-    def _expect(self, mpi: MPITypes.Intracomm, specs: Sequence[TensorSpec]) -> None:
-        self._parts = [self._exchange._receive(mpi, spec, self.source, self._tag) for spec in specs]
-
-    def _has_arrived(self) -> bool:
-        try:
-            self._arrived = _all_advance(self._parts)
-        except MPI.Exception as error:
-            self._exchange.peers.report(self.source, error)
-        if self._arrived:
-            self.tensors = [part.host for part in self._parts]
-            self._parts = []
-        return self._arrived
 
 
 class _CallPatience(Patience):
@@ -434,17 +392,3 @@ class _CallPatience(Patience):
     def on_tick(self, waited_s: float, timeout_s: float) -> None:
         """Look for a death now and then."""
         self._call.check_alive()
-
-
-def _all_advance(parts: Sequence[Message]) -> bool:
-    done = True
-    for part in parts:  # each of them, so that they make progress together
-        done = part.advance() and done
-    return done
-
-
-def _check_length(words: int) -> None:
-    if words > _HEADER_WORDS:
-        raise MismatchError(
-            f"what a call says and carries must fit {_HEADER_WORDS} words, got {words}. Pass fewer tensors"
-        )

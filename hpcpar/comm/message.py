@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from hpcpar.comm.buffers import HostBuffer, is_readable, start_bytes
 from hpcpar.comm.mpi import MPI
 from hpcpar.comm.tensor_spec import TensorSpec
+from hpcpar.errors import MismatchError
 
 if TYPE_CHECKING:
     from mpi4py import MPI as MPITypes
 
-__all__ = ["Message", "on_host"]
+__all__ = ["HEADER_WORDS", "Message", "all_advance", "check_length", "header", "on_host"]
+
+HEADER_WORDS = 256
+"""Most integers in a header, which every MPI sends at once."""
 
 
 class Message:
@@ -52,3 +58,30 @@ class Message:
 def on_host(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor itself where MPI can read it, else a copy that it can. Local."""
     return tensor if is_readable(tensor) else HostBuffer.to_send(tensor.detach()).host
+
+
+def all_advance(messages: Sequence[Message]) -> bool:
+    """Whether all are done; each of them is looked at, so that they make progress together. Local."""
+    done = True
+    for message in messages:
+        done = message.advance() and done
+    return done
+
+
+def header(words: Sequence[int]) -> torch.Tensor:
+    """Integers as a message. Local."""
+    return torch.from_numpy(np.array(words, dtype=np.int64))  # several times as fast as torch.tensor
+
+
+def check_length(words: int) -> None:
+    """Raise for a header that is too long. Local.
+
+    Raises
+    ------
+    MismatchError
+        When it is.
+    """
+    if words > HEADER_WORDS:
+        raise MismatchError(
+            f"what a call says and carries must fit {HEADER_WORDS} words, got {words}. Pass fewer tensors"
+        )

@@ -73,6 +73,8 @@ class ExpertBackend:
 
     Attributes
     ----------
+    is_served : bool
+        Whether a server has it now.
     lock : threading.RLock
         Held by whoever reads or changes the expert.
     schema : ExpertSchema
@@ -114,6 +116,7 @@ class ExpertBackend:
     ) -> None:
         args = (args_schema,) if isinstance(args_schema, BatchTensorDescriptor) else tuple(args_schema or ())
         self.name = name
+        self.is_served = False
         self.expert = expert
         self.replicas = replicas
         self.lock = threading.RLock()

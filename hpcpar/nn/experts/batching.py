@@ -134,6 +134,7 @@ class Batch:
             if len(self.tasks) > 1:
                 return sum(Batch([task]).run(call) for task in self.tasks)
             self.tasks[0].answer.fail(error)
+            self.tasks[0].tensors = []  # the error has a traceback, which has this batch
             return 1
         except BaseException as error:
             for task in self.tasks:

@@ -83,6 +83,7 @@ class RemoteExpert(nn.Module):
         """What is known of the expert: ranks, schema. Local."""
         return ExpertNetwork.of(self._comm).record(self.uid)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the expert; outputs are nested as it returns them. Point-to-point."""
         network = ExpertNetwork.of(self._comm)

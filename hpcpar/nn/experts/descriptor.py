@@ -116,6 +116,8 @@ class BatchTensorDescriptor:
         """
         if not isinstance(tensor, torch.Tensor):
             raise MismatchError(f"{name} must be a tensor, got a {type(tensor).__name__}")
+        if tensor.layout is not torch.strided:
+            raise MismatchError(f"{name} must be dense, got layout {tensor.layout}. Call .to_dense()")
         if tensor.dtype != self.dtype:
             raise MismatchError(f"{name} must have dtype {self.dtype}, got {tensor.dtype}. Convert it")
         shape = tensor.shape

@@ -163,7 +163,9 @@ class _Outcomes:
 
     def fail(self, place: int, uid: str, error: Exception | str) -> None:
         self.first_error = self.first_error or f"{uid}: {error}"
-        logger.warning("expert %s is masked: %s", uid, error)
+        lines = str(error).strip().splitlines() or [""]
+        logger.warning("expert %s is masked: %s", uid, lines[-1])
+        logger.debug("expert %s is masked: %s", uid, error)
 
 
 def _collect(
@@ -232,7 +234,7 @@ class _ManyComputations(torch.autograd.Function):
             for output, part_of in zip(outputs, answer, strict=True):
                 output[part.rows, part.slots] = part_of
         if not outputs:
-            outputs = _empty_outputs(calls)
+            outputs = _empty_outputs(calls, inputs)
         moved = [output.to(device) for output in outputs]
         flat = [output for output in moved if not (output.is_floating_point() or output.is_complex())]
         answered = answered.to(device)
@@ -267,10 +269,25 @@ class _ManyComputations(torch.autograd.Function):
         return None, None, *gradients
 
 
-def _empty_outputs(calls: ManyCalls) -> list[torch.Tensor]:
-    """Zeros for a batch for which nobody answered, or was asked; axes of any length are empty."""
+def _empty_outputs(calls: ManyCalls, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Zeros for a batch for which nobody answered, or was asked.
+
+    Axes of any length get the length that such axes of the inputs have.
+    """
+    lengths = {
+        length
+        for descriptor, value in zip(calls.schema.inputs, inputs, strict=True)
+        for wanted, length in zip(descriptor.shape, value.shape[1:], strict=True)
+        if wanted is None
+    }
+    if len(lengths) != 1 and not all(output.has_fixed_shape for output in calls.schema.flat_outputs):
+        raise RemoteExpertError(
+            "the length of an output's axis must be that of the inputs' axes of any length when no expert "
+            f"answers, got {sorted(lengths)}"
+        )
+    free = next(iter(lengths), 0)
     lead = calls.choices.shape
     return [
-        torch.zeros((*lead, *(length or 0 for length in output.shape)), dtype=output.dtype)
+        torch.zeros((*lead, *(free if n is None else n for n in output.shape)), dtype=output.dtype)
         for output in calls.schema.flat_outputs
     ]

@@ -173,6 +173,11 @@ class ExpertNetwork:
         seed
             Of its random numbers, not negative.
         """
+        if self.calls.answering_thread == threading.get_ident():
+            raise HpcparError(
+                f"an expert must not call other experts, got a call of {record.uid!r} from one: a server "
+                "computes one batch at a time, and would wait for itself. Call both from outside"
+            )
         with self._lock:
             if not self._is_open:
                 raise HpcparError(

@@ -67,6 +67,8 @@ class PrivateRandom(TorchDispatchMode):  # type: ignore[no-untyped-call]
             )
         self.has_drawn = True
         generator = self._generator(_device_of(args, kwargs))
+        if func is torch.ops.aten.native_dropout.default:
+            return _dropout(*args, generator=generator, **kwargs)
         taking = _with_generator(func)
         if taking is not None:
             return taking(*args, **{**kwargs, "generator": generator})
@@ -104,6 +106,17 @@ def _device_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
     first = next(tensors, None)
     device = torch.device(kwargs.get("device") or "cpu") if first is None else first.device
     return torch.device("cuda", torch.cuda.current_device()) if str(device) == "cuda" else device
+
+
+def _dropout(
+    x: torch.Tensor, p: float, train: bool | None, *, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a GPU's fused dropout returns: the outputs, and the mask for the backward."""
+    mask = torch.empty_like(x, dtype=torch.bool)
+    if train is False:
+        return x.clone(), mask.fill_(True)
+    mask.bernoulli_(1.0 - p, generator=generator)
+    return x * mask * (1.0 / (1.0 - p) if p < 1.0 else 0.0), mask
 
 
 @functools.cache

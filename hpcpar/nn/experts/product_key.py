@@ -152,7 +152,7 @@ class ExpertGrid:
         head, *words = uid.removeprefix(self.prefix).split(".")
         if not uid.startswith(self.prefix) or head or len(words) != len(self.grid):
             return None
-        if not all(word.isdecimal() for word in words):
+        if not all(word.isdecimal() and str(int(word)) == word for word in words):
             return None
         place = tuple(map(int, words))
         return place if all(p < n for p, n in zip(place, self.grid, strict=True)) else None

@@ -73,6 +73,9 @@ class _RemoteGridLayer(nn.Module):
             self._found = _Found(network, grid, self._common_schema(network, grid))
         return self._found
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_found": None}  # a copy finds its experts itself
+
     def _common_schema(self, network: ExpertNetwork, grid: ExpertGrid) -> ExpertSchema:
         """What all experts of the grid take and return."""
         first, *others = (network.record(uid) for uid in grid.uids)
@@ -141,7 +144,7 @@ class RemoteMixtureOfExperts(_RemoteGridLayer):
     Notes
     -----
     The module is called with the arguments of the experts, ``mixture(x, *args, **kwargs)``, and returns what
-    they return. Outputs that are not floating cannot be averaged; they are those of the first expert.
+    they return. Outputs that are not floating cannot be averaged; they are those of the best one.
     """
 
     def __init__(
@@ -169,6 +172,7 @@ class RemoteMixtureOfExperts(_RemoteGridLayer):
         )
         self.k_best = k_best
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Outputs nested as those of an expert. Point-to-point."""
         found = self._find()
@@ -180,7 +184,7 @@ class RemoteMixtureOfExperts(_RemoteGridLayer):
             for of_axis, places in zip(scores, found.grid.coordinates(indices), strict=True)
         ]
         weights = _masked_softmax(torch.stack(chosen).sum(0), answered)
-        return found.schema.unflatten_outputs([_weighted(output, weights) for output in outputs])
+        return found.schema.unflatten_outputs([_weighted(o, weights, answered) for o in outputs])
 
 
 class RemoteSwitchMixtureOfExperts(_RemoteGridLayer):
@@ -238,6 +242,7 @@ class RemoteSwitchMixtureOfExperts(_RemoteGridLayer):
         )
         self.jitter, self.capacity_factor = jitter, capacity_factor
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[Any, torch.Tensor]:
         """Outputs nested as those of an expert, and the balancing loss. Point-to-point."""
         found = self._find()
@@ -250,7 +255,9 @@ class RemoteSwitchMixtureOfExperts(_RemoteGridLayer):
         answered, outputs = self._call(found, indices, wanted, (x, *args), kwargs)
         chosen = [p.gather(1, places) for p, places in zip(probabilities, coordinates, strict=True)]
         weights = torch.stack(chosen).prod(0) * answered
-        return found.schema.unflatten_outputs([_weighted(o, weights) for o in outputs]), balancing_loss
+        return found.schema.unflatten_outputs(
+            [_weighted(o, weights, answered) for o in outputs]
+        ), balancing_loss
 
     def _jittered(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training or self.jitter == 0:
@@ -276,10 +283,11 @@ def _masked_softmax(scores: torch.Tensor, answered: torch.Tensor) -> torch.Tenso
     return masked.softmax(-1) * answered
 
 
-def _weighted(output: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """The sum over the experts of (batch, k, ...), in the dtype of the outputs."""
+def _weighted(output: torch.Tensor, weights: torch.Tensor, answered: torch.Tensor) -> torch.Tensor:
+    """The sum over the experts of (batch, k, ...); of what has no sums that of the best that answered."""
     if not (output.is_floating_point() or output.is_complex()):
-        return output[:, 0]
+        best = answered.int().argmax(1)
+        return output[torch.arange(len(output), device=output.device), best]
     shape = (*weights.shape, *(1 for _ in output.shape[2:]))
     return (output * weights.view(shape)).sum(1).to(output.dtype)
 

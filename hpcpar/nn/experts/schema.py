@@ -117,6 +117,8 @@ class ExpertSchema:
     def flatten_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
         """The tensors of a call ``expert(*args, **kwargs)`` in flat order, checked. Local.
 
+        Under autocast, tensors of another floating type are converted, as autocast does for layers.
+
         Raises
         ------
         MismatchError
@@ -234,6 +236,8 @@ def map_schema(function: Callable[[BatchTensorDescriptor], Any], schema: Any) ->
 def _take_apart(schema: Any, value: Any, name: str) -> list[torch.Tensor]:
     """The tensors of a value that is nested like its schema."""
     if isinstance(schema, BatchTensorDescriptor):
+        if _is_converted(schema, value):
+            value = value.to(schema.dtype)
         schema.check(value, name)
         return [value]
     if schema is None:
@@ -245,6 +249,17 @@ def _take_apart(schema: Any, value: Any, name: str) -> list[torch.Tensor]:
         for key, part, item in _paired(schema, value, name)
         for tensor in _take_apart(part, item, f"{name}[{key!r}]")
     ]
+
+
+def _is_converted(schema: BatchTensorDescriptor, value: Any) -> bool:
+    """Whether autocast would convert a tensor of this type."""
+    return (
+        isinstance(value, torch.Tensor)
+        and value.dtype != schema.dtype
+        and value.dtype.is_floating_point
+        and schema.dtype.is_floating_point
+        and torch.is_autocast_enabled(value.device.type)
+    )
 
 
 def _paired(schema: Any, value: Any, name: str) -> Iterator[tuple[Any, Any, Any]]:

@@ -16,18 +16,18 @@ import re
 from collections.abc import Mapping
 from contextlib import ExitStack
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hpcpar.comm import Alarm, threads_allowed, wait_for_peers
 from hpcpar.comm.progress import ENGINE
 from hpcpar.errors import MismatchError
+from hpcpar.nn.experts.backend import ExpertBackend
 from hpcpar.nn.experts.network import ExpertNetwork, ExpertRecord
 from hpcpar.nn.experts.replicas import ReplicaRounds
 from hpcpar.nn.experts.service import ExpertService
 
 if TYPE_CHECKING:
     from hpcpar.comm import Communicator
-    from hpcpar.nn.experts.backend import ExpertBackend
 
 __all__ = ["ExpertServer"]
 
@@ -86,6 +86,8 @@ class ExpertServer:
         backends = {self._network.record(uid).number: backend for uid, backend in self._backends.items()}
         self._service = ExpertService(self._network.calls, backends, self._rounds)
         self._network.attach()
+        for backend in self._backends.values():
+            backend.is_served = True
         self._armed.enter_context(self._alarm.armed())
         if self._threads:
             self._service.start()
@@ -138,7 +140,9 @@ class ExpertServer:
 
     def _give_up(self, error: BaseException) -> None:
         """Tell the others, who may never come here, why; and leave what is under way as it is."""
-        self._alarm.sound(f"{type(error).__name__}: {error}, inside of `with ExpertServer`")
+        text = f"{type(error).__name__}: {error}, inside of `with ExpertServer`"
+        self._alarm.sound(text)
+        self._network.calls.failure = text  # for calls of other threads of this rank
         self._end_service(wait=False)
 
     def _end_service(self, *, wait: bool) -> None:
@@ -149,6 +153,9 @@ class ExpertServer:
             ENGINE.discard(service)
         for backend in self._backends.values():
             backend.shutdown(wait)
+            backend.is_served = False
+        if service is not None:
+            service.flush()
         self._network.detach()
 
     def _begin_rounds(self, records: Mapping[str, ExpertRecord]) -> list[ReplicaRounds]:
@@ -195,7 +202,12 @@ class ExpertServer:
             return "a communicator must have one ExpertServer at a time, got a second. Pass comm.Dup()"
         if self._threaded and not threads_allowed():
             return "threaded=True must come with MPI_THREAD_MULTIPLE, got an MPI without. Leave it out"
-        for uid in self._backends:
-            if not _UID.fullmatch(str(uid)):
+        given: dict[Any, Any] = dict(self._backends)  # whatever it is
+        for uid, backend in given.items():
+            if not (isinstance(uid, str) and _UID.fullmatch(uid)):
                 return f"uid must be words with dots between them, such as 'expert.3.5', got {uid!r}"
+            if not isinstance(backend, ExpertBackend):
+                return f"expert {uid!r} must be an ExpertBackend, got a {type(backend).__name__}"
+            if backend.is_served:
+                return f"a backend must be served once at a time, got that of {uid!r} a second time"
         return None

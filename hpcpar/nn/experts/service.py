@@ -15,7 +15,7 @@ called by whatever waits in hpcpar, and by :meth:`ExpertServer.poll <hpcpar.nn.e
 Invariants:
 
 * What a request does wrong is told to its caller, and never ends the service.
-* An expert runs as if in a thread of its own, whoever waits meanwhile, be it in inference mode.
+* An expert runs in a thread in which nothing else does, whoever waits meanwhile, and in whatever mode.
 * While a request is held back, no new one is taken: the queues are bounded, and callers wait instead.
 """
 
@@ -29,7 +29,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -90,6 +90,8 @@ class ExpertService:
             pool.add_listener(listener)
         self._rounds = list(rounds)
         self._held: deque[ServedCall] = deque()
+        self._done: deque[tuple[ServedCall, Future[Any]]] = deque()
+        self._worker: ThreadPoolExecutor | None = None
         self._turning = threading.Lock()
         self._stopping = False
         self._thread: threading.Thread | None = None
@@ -107,9 +109,16 @@ class ExpertService:
             self._thread = None
         for pool, listener in self._listeners:
             pool.remove_listener(listener)
-        for call in self._held:
+        if self._worker is not None:
+            self._worker.shutdown()
+        for call in (*self._held, *self._calls.take()):
             call.fail("the server is leaving")
         self._held.clear()
+
+    def flush(self) -> None:
+        """Send the answers that are there. Point-to-point, does not wait."""
+        while self._done:
+            _answer(*self._done.popleft())
 
     def turn(self) -> bool:
         """Take in what has come, compute the batch that waited longest. Never waits for others. Local.
@@ -142,17 +151,30 @@ class ExpertService:
         pool = self._next_pool()
         if pool is not None:
             self._compute(pool)
+        self.flush()
         worked = [rounds.turn() for rounds in self._rounds]
         self._calls.progress()
         self._calls.peers.dead()  # so that what dead callers have begun is dropped
         return bool(arrived) or pool is not None or any(worked)
 
     def _compute(self, pool: TaskPool) -> None:
+        if self._thread is not None:
+            self._run_batch(pool)
+            return
+        # The thread that waits may be inside of a backward, a checkpoint or a mode of torch, in which an
+        # expert has no part. Another thread is in none; it computes while this one waits, and calls no MPI.
+        if self._worker is None:
+            self._worker = ThreadPoolExecutor(1, thread_name_prefix="hpcpar-experts")
+        self._worker.submit(self._run_batch, pool).result()
+
+    def _run_batch(self, pool: TaskPool) -> None:
+        self._calls.answering_thread = threading.get_ident()
         try:
-            with torch.inference_mode(False):
-                pool.process_batch()
+            pool.process_batch()
         except SystemExit:  # the callers know; an expert does not decide when the server exits
             logger.exception("an expert tried to end the process")
+        finally:
+            self._calls.answering_thread = None
 
     def _run(self) -> None:
         last_s = time.monotonic()
@@ -201,16 +223,20 @@ class ExpertService:
         if future is None:
             self._held.append(call)
         else:
-            future.add_done_callback(lambda done: _answer(call, done))
+            future.add_done_callback(lambda done: self._done.append((call, done)))
 
 
 def _answer(call: ServedCall, done: Future[Any]) -> None:
     """Send the outcome back. Errors in doing so are the outcome then."""
-    try:
-        result = done.result()
-        call.reply([tensor for tensor in result if tensor is not None])
-    except BaseException as error:  # of the expert, be it SystemExit, or of what it returned
+    error = HpcparError("the server is leaving") if done.cancelled() else done.exception()
+    if error is None:
+        try:
+            call.reply([tensor for tensor in done.result() if tensor is not None])
+        except Exception as failure:  # what it returned cannot be sent
+            error = failure
+    if error is not None:
         call.fail(_describe(error))
+        traceback.clear_frames(error.__traceback__)  # which hold the tensors of the request
 
 
 def _describe(error: BaseException) -> str:
