@@ -6,8 +6,8 @@ Rank 0 serves, rank 1 calls. In each repetition rank 1 times, in turn::
     ping-pong      mpi4py's Send and Recv of the same bytes, there and back, nothing else
     remote         RemoteExpert
 
-*Extra* is remote - local - ping-pong. While rank 1 computes or calls, rank 0's main thread sleeps in a
-barrier, and its service thread works.
+*Extra* is remote - local - ping-pong. While rank 1 computes or calls, the main thread of rank 0 sleeps, as
+that of a rank that only serves does, and its service thread works.
 
 Under load, several threads of rank 1 call several experts as fast as they can. The slowest request, compared
 with the median, tells whether anybody is kept waiting; the mean batch, whether requests are batched.
@@ -33,8 +33,8 @@ __all__ = ["FEATURES", "Latency", "Load", "measure_latency", "measure_load"]
 
 FEATURES = 512
 SERVER, CLIENT = 0, 1
-CALLS = 40
-WARM_UP = 5
+CALLS = 150
+WARM_UP = 30
 
 
 @dataclass(frozen=True)
@@ -87,9 +87,16 @@ def _latency(comm: Communicator, rows: int, repetitions: int, backward: bool) ->
     for repetition in range(repetitions):
         for name in order(list(calls), repetition):
             comm.Barrier()
-            own = [_timed(calls[name]) for _ in range(WARM_UP + CALLS)] if _takes_part(comm, name) else [0.0]
-            seconds[name].append(statistics.median(own[WARM_UP:] or own))
+            if comm.rank == SERVER and name != "ping-pong":
+                _rest(comm)
+                continue
+            own = [_timed(calls[name]) for _ in range(WARM_UP + CALLS)]
+            seconds[name].append(statistics.median(own[WARM_UP:]))
+            if name != "ping-pong":
+                comm.mpi.Send(bytearray(1), SERVER)
     comm.Barrier()
+    if comm.rank == SERVER:
+        return Latency(rows, "", 0.0, 0.0, 0.0, 0.0)
     extras = [
         remote - local - ping
         for remote, local, ping in zip(seconds["remote"], seconds["local"], seconds["ping-pong"], strict=True)
@@ -101,8 +108,11 @@ def _latency(comm: Communicator, rows: int, repetitions: int, backward: bool) ->
     )
 
 
-def _takes_part(comm: Communicator, name: str) -> bool:
-    return comm.rank == CLIENT or (comm.rank == SERVER and name == "ping-pong")
+def _rest(comm: Communicator) -> None:
+    """Leave the cores to others until rank 1 has done its calls."""
+    while not comm.mpi.Iprobe(CLIENT):
+        time.sleep(0.02)
+    comm.mpi.Recv(bytearray(1), CLIENT)
 
 
 def _timed(call: Callable[[], object]) -> float:

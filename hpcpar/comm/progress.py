@@ -219,8 +219,17 @@ class DescribedPatience(Patience):
         super()._give_up(waited_s)
 
 
-def wait_until(done: Callable[[], bool], patience: Patience) -> None:
+def wait_until(done: Callable[[], bool], patience: Patience, *, sleep_s: float = _LONG_SLEEP_S) -> None:
     """Poll ``done`` until it is true, advancing the engine meanwhile.
+
+    Parameters
+    ----------
+    done
+        Must not wait.
+    patience
+        How long, and whom to name.
+    sleep_s
+        Between two polls, once the wait has turned out to be long.
 
     Raises
     ------
@@ -239,7 +248,7 @@ def wait_until(done: Callable[[], bool], patience: Patience) -> None:
         if waited < _YIELD_S:
             os.sched_yield()
         else:
-            time.sleep(_SHORT_SLEEP_S if waited < _TICK_S else _LONG_SLEEP_S)
+            time.sleep(_SHORT_SLEEP_S if waited < _TICK_S else sleep_s)
         if waited >= next_tick:
             patience.tick(waited)
             next_tick = waited + patience.impatient_at_s

@@ -69,6 +69,8 @@ class ServedCall:
         self._parts = [self._exchange._receive(mpi, spec, self.source, self._tag) for spec in specs]
 
     def _has_arrived(self) -> bool:
+        if self._arrived:
+            return True
         try:
             self._arrived = all_advance(self._parts)
         except MPI.Exception as error:

@@ -37,6 +37,7 @@ __all__ = ["ExpertNetwork", "ExpertRecord", "Procedure"]
 logger = logging.getLogger(__name__)
 
 _NAME = "experts"
+_SLEEP_S = 0.005
 
 
 class Procedure(IntEnum):
@@ -210,7 +211,8 @@ class ExpertNetwork:
         self._wait(farewell.is_over, lambda: farewell.missing)
 
     def _wait(self, done: Callable[[], bool], missing: Callable[[], Sequence[int]]) -> None:
-        wait_until(done, _PatienceWithCallers(missing, self.comm._where))
+        patience = _PatienceWithCallers(missing, self.comm._where)
+        wait_until(done, patience, sleep_s=_SLEEP_S)  # each look takes a core from the thread that serves
 
     def detach(self) -> None:
         """Be found no longer. Local."""

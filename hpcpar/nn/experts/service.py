@@ -78,7 +78,7 @@ class ExpertService:
     ) -> None:
         self._calls = calls
         self._backends = dict(backends)
-        self._pools: dict[tuple[int, Procedure], TaskPool] = {}
+        self._pools: dict[tuple[int, int], TaskPool] = {}
         for number, backend in self._backends.items():
             forward, backward = backend.get_pools(start=False)
             self._pools[number, Procedure.FORWARD] = forward
@@ -146,8 +146,10 @@ class ExpertService:
         for call in held:
             self._accept(call)
         arrived = self._calls.take(accept=not self._held)
+        alone = len(arrived) == 1 and not (self._held or self._waiting) and self._thread is not None
         for call in arrived:
-            self._accept(call)
+            if not (alone and self._serve_alone(call)):
+                self._accept(call)
         pool = self._next_pool()
         if pool is not None:
             self._compute(pool)
@@ -166,6 +168,25 @@ class ExpertService:
         if self._worker is None:
             self._worker = ThreadPoolExecutor(1, thread_name_prefix="hpcpar-experts")
         self._worker.submit(self._run_batch, pool).result()
+
+    def _serve_alone(self, call: ServedCall) -> bool:
+        """Compute the only request there is without the detour through a queue, if its pool agrees."""
+        procedure, number, training, seed = call.words
+        pool = self._pools.get((number, procedure))
+        if pool is None:
+            return False
+        self._calls.answering_thread = threading.get_ident()
+        try:
+            result = pool.run_alone(*call.tensors, seed=None if seed < 0 else seed, training=bool(training))
+        except BaseException as error:  # SystemExit too: an expert does not decide when the server exits
+            _fail(call, error)
+            return True
+        finally:
+            self._calls.answering_thread = None
+        if result is None:
+            return False
+        _reply(call, *result)
+        return True
 
     def _run_batch(self, pool: TaskPool) -> None:
         self._calls.answering_thread = threading.get_ident()
@@ -227,16 +248,24 @@ class ExpertService:
 
 
 def _answer(call: ServedCall, done: Future[Any]) -> None:
-    """Send the outcome back. Errors in doing so are the outcome then."""
+    """Send the outcome of a task back."""
     error = HpcparError("the server is leaving") if done.cancelled() else done.exception()
     if error is None:
-        try:
-            call.reply([tensor for tensor in done.result() if tensor is not None])
-        except Exception as failure:  # what it returned cannot be sent
-            error = failure
-    if error is not None:
-        call.fail(_describe(error))
-        traceback.clear_frames(error.__traceback__)  # which hold the tensors of the request
+        _reply(call, done.result())
+    else:
+        _fail(call, error)
+
+
+def _reply(call: ServedCall, result: Sequence[torch.Tensor | None]) -> None:
+    try:
+        call.reply([tensor for tensor in result if tensor is not None])
+    except Exception as error:  # what it returned cannot be sent
+        _fail(call, error)
+
+
+def _fail(call: ServedCall, error: BaseException) -> None:
+    call.fail(_describe(error))
+    traceback.clear_frames(error.__traceback__)  # which hold the tensors of the request
 
 
 def _describe(error: BaseException) -> str:

@@ -274,6 +274,34 @@ class TaskPool:
             self._tally.ran(time.perf_counter() - started, failed)
             return True
 
+    def run_alone(
+        self, *tensors: torch.Tensor, seed: int | None = None, training: bool = True
+    ) -> tuple[Any] | None:
+        """Run a task in this thread, past the queue, if that is empty and nothing would be waited for. Local.
+
+        Returns
+        -------
+        tuple or None
+            With the result; ``None`` when the task has to be submitted.
+
+        Notes
+        -----
+        Raises what the function raises. The function must check its tensors itself.
+        """
+        rows = tensors[0].shape[0] if tensors and tensors[0].ndim else 0
+        with self._changed:
+            if self._closed or self._queued or not self.min_batch_size <= max(rows, 1) <= self.max_batch_size:
+                return None
+        with self._working:
+            started = time.perf_counter()
+            failed = True
+            try:
+                result = self._call(tensors, (Request(rows, seed, training),))
+                failed = False
+            finally:
+                self._tally.ran_alone(rows, time.perf_counter() - started, failed)
+        return (result,)
+
     def _due_key(self, now: float) -> Key | None:
         due = [
             (queue[0].arrived, place, key)
@@ -384,6 +412,15 @@ class _Tally:
 
     def ran(self, seconds: float, failed: int) -> None:
         with self._lock:
+            self._compute_s += seconds
+            self._failed += failed
+
+    def ran_alone(self, rows: int, seconds: float, failed: bool) -> None:
+        with self._lock:
+            self._tasks += 1
+            self._batches += 1
+            self._rows += rows
+            self._largest = max(self._largest, rows)
             self._compute_s += seconds
             self._failed += failed
 
