@@ -46,7 +46,8 @@ def save_experts(
     folder
         Made if need be; all ranks must see the same one.
     experts
-        Those of this rank by uid. One that several ranks have (replicas) is written by the first of them.
+        Those of this rank by uid. One that several ranks have (replicas) is written by the first of them,
+        with what the others have accumulated for the next update.
     comm
         All ranks that have some, or none.
 
@@ -55,12 +56,21 @@ def save_experts(
     CheckpointError
         On every rank, when one could not write. Files of single experts are always whole.
     """
-    owners = comm.allgather(sorted(experts))
-    earlier = {uid for uids in owners[: comm.rank] for uid in uids}
+    states: dict[str, Any] = {}
+
+    def take() -> None:
+        states.update((uid, experts[uid].get_full_state()) for uid in sorted(experts))
+
+    _together(take, comm)
+    parts = comm.allgather({uid: _replica_part(experts[uid], state) for uid, state in states.items()})
+    earlier = {uid for others in parts[: comm.rank] for uid in others}
 
     def write() -> None:
         for uid in sorted(set(experts) - earlier):
-            write_state(_path(folder, uid), experts[uid].get_full_state())
+            later = [others[uid] for others in parts[comm.rank + 1 :] if others.get(uid) is not None]
+            if later:
+                states[uid] = getattr(experts[uid], "with_replica_parts")(states[uid], later)  # noqa: B009
+            write_state(_path(folder, uid), states[uid])
 
     _together(write, comm)
 
@@ -81,17 +91,27 @@ def load_experts(
         On every rank, when a file is missing, damaged, or does not fit its expert. Experts before it may have
         been loaded.
     """
+    owners = comm.allgather(sorted(experts))
+    earlier = {uid for uids in owners[: comm.rank] for uid in uids}
 
     def read() -> None:
         for uid in sorted(experts):
             path = _path(folder, uid)
             state = read_state(path)
             try:
+                if uid in earlier:
+                    state = getattr(experts[uid], "without_replica_part", dict)(state)
                 experts[uid].load_full_state(state)
             except HpcparError as error:
                 raise CheckpointError(f"{path} must fit expert {uid!r}: {error}") from error
 
     _together(read, comm)
+
+
+def _replica_part(expert: Restorable, state: dict[str, Any]) -> Any:
+    """What a replica's state has of its own, to be added to that of the first; ``None`` for nothing."""
+    own = getattr(expert, "replica_part", None)
+    return None if own is None or getattr(expert, "replicas", None) is None else own(state)
 
 
 def _path(folder: str | os.PathLike[str], uid: str) -> Path:

@@ -26,6 +26,7 @@ from hpcpar.errors import MismatchError
 from hpcpar.nn.experts.descriptor import BatchTensorDescriptor
 from hpcpar.nn.experts.passes import ExpertPasses, joined
 from hpcpar.nn.experts.probe import Traits, device_of, in_mode, probe
+from hpcpar.nn.experts.replica_states import joined_state, own_part, state_without_part
 from hpcpar.nn.experts.task_pool import Request, TaskPool
 from hpcpar.nn.experts.updates import ExpertUpdates, OptimizerLike, SchedulerLike, collected_gradients
 
@@ -401,6 +402,11 @@ class ExpertBackend:
                 raise MismatchError(
                     f"full state of expert {self.name!r} must be one of such an expert: {error}"
                 ) from error
+
+    # Of replicas, for a checkpoint with one file for all of them.
+    replica_part = staticmethod(own_part)
+    with_replica_parts = staticmethod(joined_state)
+    without_replica_part = staticmethod(state_without_part)
 
     def _load(self, state: Mapping[str, Any]) -> None:
         self.expert.load_state_dict(state["model"])

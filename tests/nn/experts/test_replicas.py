@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
-from hpcpar.comm import Communicator
+from hpcpar.checkpoint import load_experts, save_experts
+from hpcpar.comm import MPI, Communicator
 from hpcpar.errors import MismatchError
 from hpcpar.nn.experts.client import RemoteExpert
 from hpcpar.nn.experts.server import ExpertServer
@@ -117,3 +120,23 @@ def test_replicas_that_do_not_fit_are_refused_on_all_ranks(comm: Communicator) -
     unlike = nn.Linear(WIDTH, WIDTH, bias=comm.rank == 0, dtype=DOUBLE)
     with pytest.raises(MismatchError, match="replicas of expert 'e' must be alike"):
         ExpertServer(comm, {"e": backend("e", unlike, replicas=comm)}).__enter__()
+
+
+def test_checkpoint_keeps_what_every_replica_has_accumulated(comm: Communicator, tmp_path: Path) -> None:
+    folder = comm.bcast(str(tmp_path), 0)
+    own = backend("e", expert(0), replicas=comm, samples_per_update=1000)
+    for x in data_of(comm.rank):
+        own.backward(x, 2.0 * own.forward(x)[0])
+    save_experts(folder, {"e": own}, comm)
+    other = backend("e", expert(5), replicas=comm, samples_per_update=1000)
+    load_experts(folder, {"e": other}, comm)
+    samples = comm.size * data_of(0).flatten(0, 1).shape[0]
+    assert comm.allreduce(other.accumulated_samples) == samples
+    assert comm.allreduce(other.get_stats()["examples_processed"]) == samples
+    mine, theirs = own.take_gradients()[0], other.take_gradients()[0]
+    for before, after in zip(mine, theirs, strict=True):
+        total, again = before.clone(), after.clone()
+        comm.Allreduce(MPI.IN_PLACE, total)
+        comm.Allreduce(MPI.IN_PLACE, again)
+        torch.testing.assert_close(again, total)
+    comm.Barrier()
