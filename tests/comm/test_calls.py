@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ import torch
 import hpcpar
 from hpcpar.comm import CallExchange, Communicator, ServedCall
 from hpcpar.errors import CommunicatorFreedError, MismatchError, StalledError
+from tests.threads import in_threads
 
 ECHO, FAIL, MUTE, ADD = range(4)
 
@@ -73,27 +73,6 @@ def exchange(comm: Communicator, *, threaded: bool = True) -> Iterator[tuple[Cal
             thread.join()
         hpcpar.comm.progress.ENGINE.discard(served)
     calls.free()
-
-
-def in_threads(count: int, work: Callable[[int], Any]) -> list[Any]:
-    """What ``work(i)`` returned for each thread; what one of them raised, raised here."""
-    results: list[Any] = [None] * count
-
-    def run(place: int) -> None:
-        try:
-            results[place] = work(place)
-        except BaseException as error:
-            results[place] = error
-
-    threads = [threading.Thread(target=run, args=(place,)) for place in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
-    return results
 
 
 @pytest.mark.parametrize("threaded", [True, False], ids=["thread", "cooperative"])

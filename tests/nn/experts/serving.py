@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -13,7 +12,7 @@ from hpcpar.comm import Communicator
 from hpcpar.nn.experts.backend import ExpertBackend
 from hpcpar.nn.experts.descriptor import BatchTensorDescriptor
 
-__all__ = ["WIDTH", "backends_of", "expert", "in_threads", "served_by", "sgd"]
+__all__ = ["WIDTH", "backends_of", "expert", "served_by", "sgd"]
 
 WIDTH = 6
 
@@ -54,27 +53,6 @@ def backends_of(
         for place, uid in enumerate(uids)
         if place % comm.size == comm.rank
     }
-
-
-def in_threads(count: int, work: Callable[[int], Any]) -> list[Any]:
-    """What ``work(i)`` returned in each of the threads; what one of them raised, raised here."""
-    results: list[Any] = [None] * count
-
-    def run(place: int) -> None:
-        try:
-            results[place] = work(place)
-        except BaseException as error:
-            results[place] = error
-
-    threads = [threading.Thread(target=run, args=(place,)) for place in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
-    return results
 
 
 def parameters_of(module: nn.Module) -> list[Tensor]:

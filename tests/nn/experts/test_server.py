@@ -18,7 +18,8 @@ from hpcpar.nn.experts.client import RemoteExpert
 from hpcpar.nn.experts.descriptor import BatchTensorDescriptor
 from hpcpar.nn.experts.network import ExpertNetwork
 from hpcpar.nn.experts.server import ExpertServer
-from tests.nn.experts.serving import WIDTH, backend, backends_of, expert, in_threads
+from tests.nn.experts.serving import WIDTH, backend, backends_of, expert
+from tests.threads import in_threads
 
 DOUBLE = torch.float64
 THREADED = pytest.mark.parametrize("threaded", [None, False], ids=["thread", "cooperative"])
