@@ -13,9 +13,9 @@ the experts of a synchronous layer with their part of the optimizer (:func:`hpcp
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from hpcpar.checkpoint.state_file import read_state, write_state
 from hpcpar.errors import CheckpointError, HpcparError
@@ -23,7 +23,7 @@ from hpcpar.errors import CheckpointError, HpcparError
 if TYPE_CHECKING:
     from hpcpar.comm import Communicator
 
-__all__ = ["Restorable", "load_experts", "save_experts"]
+__all__ = ["Replicated", "Restorable", "load_experts", "save_experts"]
 
 
 class Restorable(Protocol):
@@ -34,6 +34,30 @@ class Restorable(Protocol):
 
     def load_full_state(self, state: Mapping[str, Any]) -> None:
         """Go on from a state."""
+
+
+@runtime_checkable
+class Replicated(Restorable, Protocol):
+    """Something of which several ranks may have a copy, each with a part of the state of its own.
+
+    Attributes
+    ----------
+    replicas : object
+        ``None`` for something that has no other copies.
+    """
+
+    replicas: Any
+
+    def replica_part(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """What a state has of its own."""
+
+    def with_replica_parts(
+        self, state: Mapping[str, Any], parts: Sequence[Mapping[str, Any]]
+    ) -> dict[str, Any]:
+        """A state with the parts of other copies."""
+
+    def without_replica_part(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """A state without a part, for all copies but one."""
 
 
 def save_experts(
@@ -67,9 +91,10 @@ def save_experts(
 
     def write() -> None:
         for uid in sorted(set(experts) - earlier):
+            expert = experts[uid]
             later = [others[uid] for others in parts[comm.rank + 1 :] if others.get(uid) is not None]
-            if later:
-                states[uid] = getattr(experts[uid], "with_replica_parts")(states[uid], later)  # noqa: B009
+            if later and isinstance(expert, Replicated):
+                states[uid] = expert.with_replica_parts(states[uid], later)
             write_state(_path(folder, uid), states[uid])
 
     _together(write, comm)
@@ -96,22 +121,23 @@ def load_experts(
 
     def read() -> None:
         for uid in sorted(experts):
-            path = _path(folder, uid)
+            path, expert = _path(folder, uid), experts[uid]
             state = read_state(path)
             try:
-                if uid in earlier:
-                    state = getattr(experts[uid], "without_replica_part", dict)(state)
-                experts[uid].load_full_state(state)
+                if uid in earlier and isinstance(expert, Replicated):
+                    state = expert.without_replica_part(state)
+                expert.load_full_state(state)
             except HpcparError as error:
                 raise CheckpointError(f"{path} must fit expert {uid!r}: {error}") from error
 
     _together(read, comm)
 
 
-def _replica_part(expert: Restorable, state: dict[str, Any]) -> Any:
-    """What a replica's state has of its own, to be added to that of the first; ``None`` for nothing."""
-    own = getattr(expert, "replica_part", None)
-    return None if own is None or getattr(expert, "replicas", None) is None else own(state)
+def _replica_part(expert: Restorable, state: dict[str, Any]) -> dict[str, Any] | None:
+    """What a copy's state has of its own, to be added to that of the first; ``None`` for nothing."""
+    if isinstance(expert, Replicated) and expert.replicas is not None:
+        return expert.replica_part(state)
+    return None
 
 
 def _path(folder: str | os.PathLike[str], uid: str) -> Path:

@@ -304,7 +304,9 @@ class _PatienceWithCallers(Patience):
         if waited_s >= self._speaks_at_s:
             self._speaks_at_s *= 2
             busy = ", ".join(map(str, self._missing()))
-            logger.info("%s is at the %s; rank(s) %s still call experts", self._where, self.operation, busy)
+            logger.warning(
+                "%s is at the %s; rank(s) %s still call experts", self._where, self.operation, busy
+            )
 
 
 def _merge(announced: Sequence[dict[str, tuple[Any, bool]]]) -> dict[str, ExpertRecord]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["joined_state", "own_part", "state_without_part"]
+__all__ = ["joined_state", "own_part", "state_with_pending", "state_without_part"]
 
 
 def own_part(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -28,15 +28,16 @@ def joined_state(state: Mapping[str, Any], parts: Sequence[Mapping[str, Any]]) -
         samples += part["pending"]["samples"]
         for name, gradient in part["pending"]["gradients"].items():
             gradients[name] = gradients[name] + gradient if name in gradients else gradient
-    return _with_pending(state, gradients, samples)
+    return state_with_pending(state, {"gradients": gradients, "samples": samples})
 
 
 def state_without_part(state: Mapping[str, Any]) -> dict[str, Any]:
     """A full state with nothing pending, for all replicas but one. Local."""
-    return _with_pending(state, {}, 0)
+    return state_with_pending(state, {"gradients": {}, "samples": 0})
 
 
-def _with_pending(state: Mapping[str, Any], gradients: dict[str, Any], samples: int) -> dict[str, Any]:
+def state_with_pending(state: Mapping[str, Any], pending: Mapping[str, Any]) -> dict[str, Any]:
+    """A full state with something else that waits for an update, and counts that agree with it. Local."""
     stats = dict(state["stats"])
-    stats["examples_processed"] += samples - state["pending"]["samples"]
-    return {**state, "stats": stats, "pending": {"gradients": gradients, "samples": samples}}
+    stats["examples_processed"] += pending["samples"] - state["pending"]["samples"]
+    return {**state, "stats": stats, "pending": dict(pending)}

@@ -22,12 +22,13 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from hpcpar.comm import MPI
 from hpcpar.errors import MismatchError
+from hpcpar.nn.experts.replica_states import state_with_pending
 
 if TYPE_CHECKING:
     from hpcpar.comm import Communicator, Request
@@ -68,7 +69,7 @@ class ReplicaRounds:
         own = backend.get_full_state()
         first = self.comm.bcast(own if self.comm.rank == 0 else None, 0)
         try:
-            backend.load_full_state(_with_pending(first, own["pending"]))
+            backend.load_full_state(state_with_pending(first, own["pending"]))
         except MismatchError as error:
             self.problem = f"replicas of expert {uid!r} must be alike, got one that differs: {error}"
         self._word = torch.zeros(2, dtype=torch.int64)  # samples here, whether this replica is leaving
@@ -155,13 +156,6 @@ class ReplicaRounds:
 
     def _floating_buffers(self) -> list[torch.Tensor]:
         return [buffer for buffer in self._backend.expert.buffers() if buffer.is_floating_point()]
-
-
-def _with_pending(state: dict[str, Any], pending: dict[str, Any]) -> dict[str, Any]:
-    """The state of another replica, with the samples that wait for an update here."""
-    stats = dict(state["stats"])
-    stats["examples_processed"] += pending["samples"] - state["pending"]["samples"]
-    return {**state, "stats": stats, "pending": pending}
 
 
 def _summed_as(dtype: torch.dtype) -> torch.dtype:

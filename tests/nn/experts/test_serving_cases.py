@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import threading
 import time
 
@@ -179,3 +180,19 @@ def test_autocast_converts_what_is_sent(comm: Communicator) -> None:
         y.sum().backward()
         with pytest.raises(MismatchError, match="dtype"):
             remote(x.bfloat16())
+
+
+@pytest.mark.mpi(min_size=2)
+def test_rank_that_waits_at_the_end_says_for_whom(
+    comm: Communicator, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "hpcpar"):
+        with ExpertServer(comm, one(comm, expert(0))):
+            if comm.rank == 0:
+                monkeypatch.setenv("HPCPAR_TIMEOUT_S", "0.2")
+            else:
+                time.sleep(1.0)
+        monkeypatch.delenv("HPCPAR_TIMEOUT_S", raising=False)
+    said = [record.getMessage() for record in caplog.records if "still call experts" in record.getMessage()]
+    assert bool(said) == (comm.rank == 0)
+    assert all("rank 0 of" in text and "rank(s) 1" in text for text in said)
