@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["BucketLayout", "Slot", "plan_buckets", "view_slot"]
+__all__ = ["BucketLayout", "Slot", "padded_length", "plan_buckets", "view_slot"]
 
 _ALIGN_BYTES = 64
 
@@ -65,15 +65,20 @@ def plan_buckets(tensors: Sequence[torch.Tensor], bucket_bytes: int) -> list[Buc
     buckets: list[BucketLayout] = []
     for index, tensor in enumerate(tensors):
         dtype = tensor.dtype.to_real()
-        align = max(1, _ALIGN_BYTES // dtype.itemsize)
         length = tensor.numel() * (2 if tensor.is_complex() else 1)
         offset = open_sizes.get(dtype, 0)
         open_slots.setdefault(dtype, []).append(Slot(index, offset, length))
-        open_sizes[dtype] = offset + -(-length // align) * align
+        open_sizes[dtype] = offset + padded_length(length, dtype)
         if open_sizes[dtype] * dtype.itemsize >= bucket_bytes:
             buckets.append(BucketLayout(dtype, open_sizes.pop(dtype), tuple(open_slots.pop(dtype))))
     rest = [BucketLayout(dtype, open_sizes[dtype], tuple(slots)) for dtype, slots in open_slots.items()]
     return buckets + sorted(rest, key=lambda layout: layout.slots[-1].index)
+
+
+def padded_length(length: int, dtype: torch.dtype) -> int:
+    """Elements that a tensor takes in a bucket, so that the next one is aligned. Local."""
+    align = max(1, _ALIGN_BYTES // dtype.itemsize)
+    return -(-length // align) * align
 
 
 def view_slot(flat: torch.Tensor, slot: Slot, like: torch.Tensor) -> torch.Tensor:

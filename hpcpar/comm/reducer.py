@@ -29,14 +29,14 @@ import torch
 
 from hpcpar.comm.bucket import BucketLayout
 from hpcpar.comm.mpi import MPI
-from hpcpar.comm.node_processes import NodeProcesses
-from hpcpar.comm.progress import ENGINE, Patience, wait_until
+from hpcpar.comm.partition import Partition
+from hpcpar.comm.progress import ENGINE, wait_until
 from hpcpar.comm.progress_thread import ProgressThread
+from hpcpar.comm.reducer_diagnosis import ReducerDiagnosis
 from hpcpar.comm.request import Request
-from hpcpar.comm.roll_call import RollCall
 from hpcpar.comm.staging import Staging
 from hpcpar.comm.transport_choice import choose_transport
-from hpcpar.errors import CommunicatorFreedError, HpcparError, RankFailedError
+from hpcpar.errors import CommunicatorFreedError, HpcparError
 
 if TYPE_CHECKING:
     from hpcpar.comm.communicator import Communicator
@@ -82,9 +82,14 @@ class Reducer:
     transport
         ``"auto"`` takes shared memory where ranks share nodes and ``/dev/shm`` has room.
     wire_dtype
-        A 16-bit type in which wider buckets cross the network; shared memory keeps their own.
+        A 16-bit type in which wider buckets cross the network, or ``torch.int8``: a code of eight bits for
+        wide floats, of which what rounding keeps back goes with the next reduction. Buckets without slots
+        hold flags, and stay exact under ``torch.int8``. Shared memory keeps their own.
     devices
         Device of each bucket's flat tensor, the host by default. Others are staged through pinned memory.
+    partitions
+        Of each bucket, for one of which every rank wants its own part of the result only; ``None`` for one
+        that all want whole.
     name
         For error messages.
 
@@ -102,17 +107,18 @@ class Reducer:
         transport: str = "auto",
         wire_dtype: torch.dtype | None = None,
         devices: Sequence[torch.device] | None = None,
+        partitions: Sequence[Partition | None] | None = None,
         name: str = "gradient reduction",
     ) -> None:
         self._comm = comm.Dup()
         self._comm.skip_checks()
         self._layouts = list(layouts)
-        self._name = name
         self._transport, self._kind = choose_transport(
             self._comm,
             self._layouts,
             transport,
             wire_dtype,
+            partitions or [None] * len(self._layouts),
             pinned=any(d.type == "cuda" for d in devices or ()),
         )
         self._stagings = [
@@ -122,13 +128,13 @@ class Reducer:
             )
         ]
         self.flats = [staging.flat for staging in self._stagings]
-        # Roll calls travel on the duplicate itself, on which nobody sends point-to-point messages.
-        self._roll_call = RollCall(self._comm.mpi) if self._comm.size > 1 else None
-        self._processes = NodeProcesses(self._comm)
+        self._is_partitioned = any(partitions or ())
+        self._diagnosis = ReducerDiagnosis(name, self._comm, self._transport, len(self._layouts))
         self._busy = threading.Lock()
         self._step = 0
         self._scale = 1.0
         self._average = True
+        self._within_node = False
         self._weights: torch.Tensor | None = None
         self._weights_request: Request | None = None
         self._published = [False] * len(layouts)
@@ -155,7 +161,19 @@ class Reducer:
         """Whether nothing is under way. Local."""
         return not self._open and not self._pending
 
-    def begin(self, weight: float | None = None, *, active: bool = True, average: bool = True) -> None:
+    @property
+    def scope(self) -> Communicator:
+        """The ranks of the reduction begun last: all, or those of this node. Local."""
+        return self._comm.node if self._within_node else self._comm
+
+    def begin(
+        self,
+        weight: float | None = None,
+        *,
+        active: bool = True,
+        average: bool = True,
+        within_node: bool = False,
+    ) -> None:
         """Start a reduction of all buckets. Collective, does not wait.
 
         Parameters
@@ -167,29 +185,32 @@ class Reducer:
             Weighted reductions count the active ranks, see :meth:`active_ranks`.
         average
             Divide the sum by the number of ranks, or by the sum of the weights; ``False`` leaves it.
+        within_node
+            Over the ranks of this node only, all of which must say so; the other nodes take no part.
 
         Raises
         ------
         HpcparError
-            When the previous reduction is still under way.
+            When the previous reduction is still under way, or buckets with partitions are to stay within
+            the node.
         """
         self._check_alive()
-        if not self.is_idle:
+        if within_node and self._is_partitioned:
             raise HpcparError(
-                f"a reduction must be complete before the next begins, got step {self._step} still under way "
-                f"({self._where}). Did an exception end a backward pass half-way?"
+                f"buckets with partitions must be reduced over all ranks, got a node ({self._where})"
             )
+        self._check_idle("the next begins")
         with self._busy:  # a progress thread may still be looking
             self._step += 1
             self._sent = 0
             self._published = [False] * len(self._layouts)
             self._done = [False] * len(self._layouts)
-            self._average = average
-            self._scale = 1.0 / self._comm.size if average else 1.0
+            self._average, self._within_node = average, within_node
+            self._scale = 1.0 / self.scope.size if average else 1.0
             self._weights = None
             if weight is not None:
                 self._weights = torch.tensor([weight, float(active)], dtype=torch.float64)
-                self._weights_request = self._comm.Iallreduce(MPI.IN_PLACE, self._weights)
+                self._weights_request = self.scope.Iallreduce(MPI.IN_PLACE, self._weights)
             self._open = True
 
     def active_ranks(self) -> int:
@@ -201,7 +222,7 @@ class Reducer:
 
         if self._weights_request is not None:
             wait_until(known, self._comm._collective_patience("weights of a reduction", None))
-        return self._comm.size if self._weights is None else int(self._weights[1])
+        return self.scope.size if self._weights is None else int(self._weights[1])
 
     def abandon(self) -> None:
         """Drop the reduction that was begun, before any bucket was published. All ranks must. Local."""
@@ -298,6 +319,26 @@ class Reducer:
             self._thread.stop()
             self._thread = None
 
+    def residuals(self) -> list[torch.Tensor]:
+        """What ``wire_dtype=torch.int8`` has kept back so far, over all ranks; zeros without it. Collective.
+
+        Returns
+        -------
+        list of torch.Tensor
+            For each bucket a flat tensor on the host, in units of its result, the same on every rank.
+        """
+        self._check_idle("its residuals are asked for")
+        totals = [self._transport.outstanding(bucket) for bucket in range(len(self._layouts))]
+        for total in totals:
+            self._comm.Allreduce(MPI.IN_PLACE, total)
+        return totals
+
+    def load_residuals(self, residuals: Sequence[torch.Tensor]) -> None:
+        """Go on from what :meth:`residuals` returned on these or other ranks. All ranks must. Local."""
+        self._check_idle("residuals are loaded")
+        for bucket, total in enumerate(residuals):
+            self._transport.load_outstanding(bucket, total)
+
     def stats(self) -> ReducerStats:
         """What reductions have cost so far. Local."""
         return ReducerStats(
@@ -321,8 +362,7 @@ class Reducer:
         if self._thread is not None:
             self._thread.stop()
         ENGINE.discard(self)
-        if self._roll_call is not None:
-            self._roll_call.close()
+        self._diagnosis.close()
         self.flats = []
         self._stagings = []
         self._transport.free()
@@ -342,7 +382,9 @@ class Reducer:
         start = time.perf_counter()
         self._waiting = True
         try:
-            wait_until(lambda: self._try(bucket), _ReducerPatience(self, bucket))
+            members = self._comm.node_map.ranks_of(self._comm.node_rank) if self._within_node else None
+            patience = self._diagnosis.patience(self._step, bucket, lambda: self._sent, members)
+            wait_until(lambda: self._try(bucket), patience)
         finally:
             self._waiting = False
         elapsed = time.perf_counter() - start
@@ -357,6 +399,14 @@ class Reducer:
         if self._comm.is_freed:
             raise CommunicatorFreedError("a reducer must not be used after free()")
 
+    def _check_idle(self, before: str) -> None:
+        self._check_alive()
+        if not self.is_idle:
+            raise HpcparError(
+                f"a reduction must be complete before {before}, got step {self._step} still under way "
+                f"({self._where}). Did an exception end a backward pass half-way?"
+            )
+
     def _try(self, bucket: int) -> bool:
         if not self._done[bucket]:
             self.progress()
@@ -370,7 +420,7 @@ class Reducer:
         while self._is_queued:
             if not self._stagings[self._sent].is_out():
                 return
-            self._transport.publish(self._sent, self._step, self._scale)
+            self._transport.publish(self._sent, self._step, self._scale, within_node=self._within_node)
             self._pending.append(self._sent)
             self._sent += 1
         if self._sent == len(self._layouts):
@@ -396,45 +446,3 @@ class Reducer:
         total = float(self._weights[0])
         if self._average:
             self._scale = 1.0 / total if total > 0.0 else 0.0
-
-    def _number(self, bucket: int) -> int:
-        """A number that grows with every bucket sent, for roll calls."""
-        return self._step * (len(self._layouts) + 1) + bucket
-
-    def _explain(self, bucket: int) -> str:
-        owed = [self._transport.owes(rank, bucket, self._step) for rank in range(self._comm.size)]
-        facts = [fact for fact in owed if fact]
-        return f"On this node, {', '.join(facts)}." if facts else ""
-
-    def _silent(self, bucket: int) -> list[int]:
-        """Ranks that owe something to ``bucket`` and have not said that they wait too."""
-        silent = [] if self._roll_call is None else self._roll_call.missing(self._number(bucket + 1))
-        verdicts = {
-            rank: self._transport.delivered(rank, bucket, self._step) for rank in range(self._comm.size)
-        }
-        guilty = [rank for rank in silent if verdicts[rank] is not True]
-        return guilty or [rank for rank, verdict in verdicts.items() if verdict is False]
-
-
-class _ReducerPatience(Patience):
-    """Asks around who waits for the same bucket, and looks for dead neighbours."""
-
-    def __init__(self, reducer: Reducer, bucket: int) -> None:
-        super().__init__(
-            f"{reducer._name}, bucket {bucket} of {len(reducer._layouts)} in step {reducer._step}",
-            missing=lambda: reducer._silent(bucket),
-            where=reducer._where,
-            details=lambda: reducer._explain(bucket),
-        )
-        self._reducer, self._bucket = reducer, bucket
-
-    def on_tick(self, waited_s: float, timeout_s: float) -> None:
-        """Exchange signs of life; raise for a rank of this node that has died."""
-        reducer = self._reducer
-        if reducer._roll_call is not None:
-            reducer._roll_call.tick(reducer._number(reducer._sent), waited_s, timeout_s)
-        dead = reducer._processes.dead()
-        if dead:
-            raise RankFailedError(
-                dead, f"{self.operation}: {reducer._where} waits for ranks {dead}, whose processes have died"
-            )

@@ -18,6 +18,10 @@ the node alone touches slice *i* of all segments, until it raises ``reduced[i][b
 have, segment *r* belongs to rank *r* again. A rank that is a step ahead writes only what is its own, so no
 barrier is needed between steps.
 
+A bucket may have a :class:`~hpcpar.comm.partition.Partition`: each rank then gets the sum of its own part
+only, so that nothing is copied back, and rails scatter in place of reducing. And a step may stay *within the
+node*: then rails are left out.
+
 Each element is summed once per node, in one place and in rank order, and copied: replicas are bitwise
 equal. 16-bit sums are accumulated in float32.
 """
@@ -32,10 +36,12 @@ import torch
 
 from hpcpar.comm.bucket import BucketLayout
 from hpcpar.comm.buffers import accumulation_dtype
-from hpcpar.comm.mpi import MPI
 from hpcpar.comm.ordered_reduction import slice_bounds
-from hpcpar.comm.request import Request
+from hpcpar.comm.partition import Partition
 from hpcpar.comm.shared_memory import CACHE_LINE_BYTES, FlagBoard, SharedWindow
+from hpcpar.comm.wire import Wire
+from hpcpar.comm.wire_reduction import WireReduction
+from hpcpar.comm.wire_scatter import WireScatter
 
 if TYPE_CHECKING:
     from hpcpar.comm.communicator import Communicator
@@ -46,17 +52,21 @@ _CACHE_BYTES = 512 * 1024  # a block of every segment together, to stay in a sec
 _SMALLEST_BLOCK_BYTES = 64 * 1024
 _ALIGN_ELEMENTS = 64
 
+Partitions = Sequence["Partition | None"]
+
 
 class Transport(ABC):
     """Sums buckets over the ranks of a communicator; see the module's description."""
 
     storage: list[torch.Tensor]
+    _wire: Wire | None = None
 
     @abstractmethod
-    def publish(self, bucket: int, step: int, scale: float) -> None:
+    def publish(self, bucket: int, step: int, scale: float, *, within_node: bool = False) -> None:
         """Declare this rank's contents of ``bucket`` final for ``step``. In index order on every rank.
 
-        The result will be the sum times ``scale``, which is the same on all ranks.
+        The result will be the sum over all ranks, or those of this node, times ``scale``, which is the same
+        on all of them.
         """
 
     @abstractmethod
@@ -71,6 +81,23 @@ class Transport(ABC):
         """What ``rank`` has yet to do for ``bucket``, in words; empty when unknown or nothing. Local."""
         return ""
 
+    def outstanding(self, bucket: int) -> torch.Tensor:
+        """What rounding on the wire has kept back of a bucket on this rank, as long as the bucket. Local."""
+        result = torch.zeros(self.storage[bucket].numel(), dtype=self.storage[bucket].dtype)
+        kept = None if self._wire is None else self._wire.outstanding(bucket)
+        if kept is not None:
+            result[slice(*self._slice_bounds(bucket))] = kept
+        return result
+
+    def load_outstanding(self, bucket: int, total: torch.Tensor) -> None:
+        """Keep this rank's share of ``total``, which is the sum over all ranks. Local."""
+        if self._wire is not None:
+            self._wire.load_outstanding(bucket, total[slice(*self._slice_bounds(bucket))])
+
+    def _slice_bounds(self, bucket: int) -> tuple[int, int]:
+        """What this rank sends of a bucket."""
+        return 0, self.storage[bucket].numel()
+
     def free(self) -> None:
         """Give back what was allocated. Collective."""
         self.storage = []
@@ -82,7 +109,7 @@ class SingleTransport(Transport):
     def __init__(self, layouts: Sequence[BucketLayout]) -> None:
         self.storage = [torch.zeros(layout.numel, dtype=layout.dtype) for layout in layouts]
 
-    def publish(self, bucket: int, step: int, scale: float) -> None:
+    def publish(self, bucket: int, step: int, scale: float, *, within_node: bool = False) -> None:
         """Nothing to add."""
         scale_by(self.storage[bucket], scale)
 
@@ -101,11 +128,13 @@ class MessageTransport(Transport):
     Parameters
     ----------
     comm
-        A communicator on which nobody else starts collectives.
+        A communicator on which nobody else starts collectives, neither on its nodes.
     layouts
         The buckets.
     wire_dtype
         Narrower type to send in, ``None`` for the bucket's own.
+    partitions
+        Of each bucket, ``None`` where every rank wants all of it.
     pinned
         Page-lock the storage, for buckets that are copied from and to a GPU.
     """
@@ -115,20 +144,28 @@ class MessageTransport(Transport):
         comm: Communicator,
         layouts: Sequence[BucketLayout],
         wire_dtype: torch.dtype | None,
+        partitions: Partitions | None = None,
         *,
         pinned: bool = False,
     ) -> None:
         self._comm = comm
-        self._wire_dtype = wire_dtype
+        self._partitions = partitions or [None] * len(layouts)
+        self._wire: Wire = Wire(comm, layouts, wire_dtype)
         self.storage = [
             torch.zeros(layout.numel, dtype=layout.dtype, pin_memory=pinned) for layout in layouts
         ]
-        self._flights: dict[int, WireReduction] = {}
+        self._flights: dict[int, WireReduction | WireScatter] = {}
 
-    def publish(self, bucket: int, step: int, scale: float) -> None:
+    def publish(self, bucket: int, step: int, scale: float, *, within_node: bool = False) -> None:
         """Start the message; scaled before it leaves, so that a 16-bit sum does not overflow."""
-        scale_by(self.storage[bucket], scale)
-        self._flights[bucket] = WireReduction(self._comm, self.storage[bucket], self._wire_dtype)
+        flat, partition = self.storage[bucket], self._partitions[bucket]
+        scale_by(flat, scale)
+        if within_node:
+            self._flights[bucket] = WireReduction(self._comm.node, flat, None)
+        elif partition is not None:
+            self._flights[bucket] = self._wire.scatter(bucket, flat, partition.bounds)
+        else:
+            self._flights[bucket] = self._wire.reduce(bucket, flat)
 
     def advance(self, bucket: int, step: int) -> bool:
         """Look whether it has arrived."""
@@ -142,24 +179,6 @@ class MessageTransport(Transport):
         return None
 
 
-class WireReduction:
-    """An ``Iallreduce`` of a flat tensor in place, in a narrower type if one is given. Collective."""
-
-    def __init__(self, comm: Communicator, flat: torch.Tensor, wire_dtype: torch.dtype | None) -> None:
-        self._flat = flat
-        narrow = wire_dtype is not None and flat.dtype.itemsize > wire_dtype.itemsize
-        self._wire = flat.to(wire_dtype) if narrow else flat
-        self._request: Request = comm.Iallreduce(MPI.IN_PLACE, self._wire)
-
-    def test(self) -> bool:
-        """Whether the sum is in the flat tensor. Local."""
-        if not self._request.advance():
-            return False
-        if self._wire is not self._flat:
-            self._flat.copy_(self._wire)
-        return True
-
-
 class SharedMemoryTransport(Transport):
     """Slices summed in shared memory, and over the rails where there are several nodes.
 
@@ -171,6 +190,8 @@ class SharedMemoryTransport(Transport):
         The buckets.
     wire_dtype
         Narrower type for the rails; shared memory keeps the bucket's own.
+    partitions
+        Of each bucket, ``None`` where every rank wants all of it.
     pinned
         Page-lock this rank's segment, for buckets that are copied from and to a GPU.
     """
@@ -180,19 +201,28 @@ class SharedMemoryTransport(Transport):
         comm: Communicator,
         layouts: Sequence[BucketLayout],
         wire_dtype: torch.dtype | None,
+        partitions: Partitions | None = None,
         *,
         pinned: bool = False,
     ) -> None:
         node = comm.node
         self._comm, self._node = comm, node
         self._rail = comm.rail if comm.num_nodes > 1 else None
-        self._wire_dtype = wire_dtype
         # Every node must cut buckets alike, so the smallest node decides how many owners there are.
         self._owners = range(comm.node_map.smallest_node)
-        self._flights: dict[int, WireReduction] = {}
+        if self._rail is not None and node.rank in self._owners:
+            self._wire = Wire(self._rail, layouts, wire_dtype)
+        self._partitions = partitions or [None] * len(layouts)
+        self._rail_members = [
+            rank
+            for rank in range(comm.size)
+            if comm.node_map.local_index(rank) == node.rank and node.rank in self._owners
+        ]
+        self._flights: dict[int, WireReduction | WireScatter] = {}
         self._block_bytes = max(_CACHE_BYTES // node.size, _SMALLEST_BLOCK_BYTES)
         self._scratches: dict[torch.dtype, torch.Tensor] = {}
         self._scales = [1.0] * len(layouts)
+        self._within_node = [False] * len(layouts)
         self._summed = [0] * len(layouts)  # step of the last sum of my slice
         self._next_rail = 0  # rails start buckets in index order, the same on every node
         offsets, nbytes = segment_layout(layouts)
@@ -204,14 +234,21 @@ class SharedMemoryTransport(Transport):
             for offset, layout in zip(offsets, layouts, strict=False)
         ]
         self._slices = [
-            self._slice_blocks(layout, offset) for offset, layout in zip(offsets, layouts, strict=False)
+            self._slice_blocks(bucket, layout, offsets[bucket]) for bucket, layout in enumerate(layouts)
         ]
 
-    def _slice_blocks(self, layout: BucketLayout, offset: int) -> list[list[torch.Tensor]]:
+    def _slice_bounds(self, bucket: int) -> tuple[int, int]:
+        """My slice of a bucket."""
+        partition = self._partitions[bucket]
+        if partition is not None:
+            return partition.span(self._rail_members)
+        return slice_bounds(self.storage[bucket].numel(), len(self._owners), _ALIGN_ELEMENTS)[self._node.rank]
+
+    def _slice_blocks(self, bucket: int, layout: BucketLayout, offset: int) -> list[list[torch.Tensor]]:
         """My slice of a bucket as cache-sized blocks, each a view into every segment of the node."""
         if self._node.rank not in self._owners:
             return []
-        start, end = slice_bounds(layout.numel, len(self._owners), _ALIGN_ELEMENTS)[self._node.rank]
+        start, end = self._slice_bounds(bucket)
         step = self._block_bytes // layout.dtype.itemsize
         segments = [
             self._window.tensor(rank, offset, layout.numel, layout.dtype)[start:end]
@@ -221,9 +258,10 @@ class SharedMemoryTransport(Transport):
             list(block) for block in zip(*(torch.split(segment, step) for segment in segments), strict=True)
         ]
 
-    def publish(self, bucket: int, step: int, scale: float) -> None:
+    def publish(self, bucket: int, step: int, scale: float, *, within_node: bool = False) -> None:
         """Raise my flag."""
         self._scales[bucket] = scale
+        self._within_node[bucket] = within_node
         self._board.raise_flag(self._filled + bucket, step)
 
     def advance(self, bucket: int, step: int) -> bool:
@@ -236,24 +274,41 @@ class SharedMemoryTransport(Transport):
         if bucket in self._flights:
             if self._flights[bucket].test():
                 del self._flights[bucket]
-                self._spread(bucket)
+                if self._partitions[bucket] is None:
+                    self._spread(bucket)
                 self._finish(bucket, step)
             return
-        if self._rail is not None and bucket != self._next_rail:
+        crosses = self._rail is not None and not self._within_node[bucket]
+        if crosses and bucket != self._next_rail:
             return
         if not self._board.all_reached(self._filled + bucket, step):
             return
         if self._node.rank not in self._owners:
             self._summed[bucket] = step
-        elif self._rail is None:
-            for block in self._slices[bucket]:
-                self._sum_block(block, block, self._scales[bucket])
-            self._finish(bucket, step)
         else:
-            for block in self._slices[bucket]:
-                self._sum_block(block, [block[self._node.rank]], self._scales[bucket])
-            self._flights[bucket] = WireReduction(self._rail, self._own_slice(bucket), self._wire_dtype)
-        self._next_rail = (bucket + 1) % len(self._slices)
+            self._sum_slice(bucket, everywhere=not crosses and self._partitions[bucket] is None)
+            if crosses:
+                self._flights[bucket] = self._depart(bucket)
+            else:
+                self._finish(bucket, step)
+        if crosses:
+            self._next_rail = (bucket + 1) % len(self._slices)
+
+    def _sum_slice(self, bucket: int, *, everywhere: bool) -> None:
+        """Add up my slice of all segments, into all of them or into my own."""
+        me = self._node.rank
+        for block in self._slices[bucket]:
+            self._sum_block(block, block if everywhere else [block[me]], self._scales[bucket])
+
+    def _depart(self, bucket: int) -> WireReduction | WireScatter:
+        """Start to add up the slices of the nodes."""
+        assert self._wire is not None
+        flat, partition = self._own_slice(bucket), self._partitions[bucket]
+        if partition is None:
+            return self._wire.reduce(bucket, flat)
+        first, _ = self._slice_bounds(bucket)
+        parts = [partition.bounds[rank] for rank in self._rail_members]
+        return self._wire.scatter(bucket, flat, [(a - first, b - first) for a, b in parts])
 
     def _sum_block(
         self, block: Sequence[torch.Tensor], targets: Sequence[torch.Tensor], scale: float
@@ -276,9 +331,8 @@ class SharedMemoryTransport(Transport):
         return self._scratches[dtype]
 
     def _own_slice(self, bucket: int) -> torch.Tensor:
-        flat = self.storage[bucket]
-        start, end = slice_bounds(flat.numel(), len(self._owners), _ALIGN_ELEMENTS)[self._node.rank]
-        return flat[start:end]
+        start, end = self._slice_bounds(bucket)
+        return self.storage[bucket][start:end]
 
     def _spread(self, bucket: int) -> None:
         """Copy the result, which is in my segment, into the others of the node."""

@@ -17,6 +17,7 @@ from hpcpar.comm.bucket import BucketLayout
 from hpcpar.comm.shared_memory import has_space
 from hpcpar.comm.transport import (
     MessageTransport,
+    Partitions,
     SharedMemoryTransport,
     SingleTransport,
     Transport,
@@ -45,6 +46,7 @@ def choose_transport(
     layouts: Sequence[BucketLayout],
     transport: str,
     wire_dtype: torch.dtype | None,
+    partitions: Partitions,
     *,
     pinned: bool,
 ) -> tuple[Transport, str]:
@@ -52,7 +54,7 @@ def choose_transport(
 
     Parameters
     ----------
-    comm, layouts, wire_dtype, pinned
+    comm, layouts, wire_dtype, partitions, pinned
         As in :class:`~hpcpar.comm.transport.SharedMemoryTransport`.
     transport
         A value of :class:`TransportKind`.
@@ -73,10 +75,10 @@ def choose_transport(
         return SingleTransport(layouts), "none"
     shared = "shared_memory" if comm.num_nodes == 1 else "shared_memory+rails"
     if kind is TransportKind.MPI or (kind is TransportKind.AUTO and comm.node_map.largest_node == 1):
-        return MessageTransport(comm, layouts, wire_dtype, pinned=pinned), "mpi"
+        return MessageTransport(comm, layouts, wire_dtype, partitions, pinned=pinned), "mpi"
     _, nbytes = segment_layout(layouts)
     if has_space(comm, nbytes):
-        return SharedMemoryTransport(comm, layouts, wire_dtype, pinned=pinned), shared
+        return SharedMemoryTransport(comm, layouts, wire_dtype, partitions, pinned=pinned), shared
     if kind is TransportKind.SHARED_MEMORY:
         raise HpcparError(
             f"transport='shared_memory' must find room for {nbytes / 2**20:.1f} MiB per rank in /dev/shm on "
@@ -88,4 +90,4 @@ def choose_transport(
             "slower. Enlarge it (docker: --shm-size).",
             nbytes / 2**20,
         )
-    return MessageTransport(comm, layouts, wire_dtype, pinned=pinned), "mpi"
+    return MessageTransport(comm, layouts, wire_dtype, partitions, pinned=pinned), "mpi"

@@ -22,18 +22,20 @@ Parts of the model that differ between ranks, such as experts, are left alone an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
 
-from hpcpar.comm import MPI, ReducerStats, world
+from hpcpar.comm import MPI, ReducerStats, broadcast_packed, world
 from hpcpar.errors import HpcparError, MismatchError
-from hpcpar.nn.gradient_reduction import GradientReduction, ReductionOptions, on_gradient, tensors_in
+from hpcpar.nn.gradient_reduction import GradientReduction, on_gradient, tensors_in
 from hpcpar.nn.model_signature import check_same_model
 from hpcpar.nn.own_gradients import OwnGradients, own_gradient_modules, own_tensors
+from hpcpar.nn.reduction_options import ReductionOptions
+from hpcpar.nn.residual_state import load_residual_state, residual_state
 from hpcpar.nn.sparse_gradients import sparse_parameters
 
 if TYPE_CHECKING:
@@ -75,7 +77,8 @@ class DataParallel(nn.Module):
         Keep the buffers of all ranks equal to rank 0's.
     wire_dtype
         ``torch.bfloat16`` or ``torch.float16``: gradients cross the network in this type (they are summed
-        in float32). Shared memory keeps their own type.
+        in float32). ``torch.int8``: in eight bits, blockwise, and what rounding keeps back goes with the
+        next step; see :meth:`residual_state`. Shared memory keeps their own type.
     transport
         ``"auto"``, ``"shared_memory"`` or ``"mpi"``; see :class:`hpcpar.comm.Reducer`.
     progress
@@ -143,6 +146,7 @@ class DataParallel(nn.Module):
         self._own: list[OwnGradients] = []
         self._trainable: list[bool] = []
         self._synchronize = True
+        self._scatter: str | None = None
         self._samples = 0
         self._freed = False
 
@@ -199,6 +203,10 @@ class DataParallel(nn.Module):
         -----
         Collective: all ranks enter and leave.
         """
+        if self._scatter is not None and optimizer is None:
+            raise HpcparError(
+                "join() must be given the ShardedOptimizer, whose steps need all ranks: join(optimizer=...)"
+            )
         if average not in _AVERAGES:
             raise MismatchError(f"average must be 'ranks' or 'samples', got {average!r}")
         self._prepare()  # a copy has no reduction before its first training forward
@@ -231,11 +239,61 @@ class DataParallel(nn.Module):
         finally:
             gradients.weight = None
 
+    def scatter_gradients(self, cut: str | None) -> GradientReduction | None:
+        """Leave each rank its part of the mean gradients only, for optimizers that want no more. Collective.
+
+        Parameters
+        ----------
+        cut
+            ``"anywhere"``, or ``"tensors"`` to cut between parameters; ``None`` ends it.
+
+        Returns
+        -------
+        GradientReduction or None
+            Who owns which part, and where it is; ``None`` when there is nobody to share with.
+        """
+        if self._optimizer is not None and cut is not None:
+            raise HpcparError(
+                "gradients must not be scattered while an optimizer overlaps the next forward. Make the "
+                "DataParallel without optimizer="
+            )
+        if self._freed:
+            return None
+        self._prepare()
+        if self._gradients is None or (cut is None and not self._gradients.is_scattered):
+            return None
+        self._gradients.free()
+        self._scatter = cut
+        self._reduce_gradients()
+        return self._gradients
+
     def stats(self) -> ReducerStats:
         """Bytes, buckets, and seconds of communication of this rank so far. Local."""
         if self._gradients is None:
             return ReducerStats(0, 0, 0, 0.0, 0.0, "none")
         return self._gradients.stats()
+
+    def residual_state(self) -> dict[str, torch.Tensor]:
+        """What ``wire_dtype=torch.int8`` has kept back of the gradients, to be saved. Collective.
+
+        By name of parameter and in its shape, on the host, the same on every rank; empty where gradients
+        travel in another type or not at all. It goes with the scale of a ``GradScaler``.
+        """
+        self._prepare()
+        self._finish_updates()
+        return residual_state(self.module, self._gradients)
+
+    def load_residual_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Go on from :meth:`residual_state` of any number of ranks; all load the same. Collective.
+
+        Raises
+        ------
+        MismatchError
+            When a name or shape is none of the model's.
+        """
+        self._prepare()
+        self._finish_updates()
+        load_residual_state(self.module, self._gradients, state)
 
     def free(self) -> None:
         """Give windows and communicators back. The wrapped module works on, without ranks. Collective."""
@@ -299,6 +357,11 @@ class DataParallel(nn.Module):
         if not is_open and not self._is_prepared:
             if self._comm is None:
                 self._comm = world()
+            if self._scatter is not None:
+                raise HpcparError(
+                    "requires_grad must stay as it is while a ShardedOptimizer holds the parameters. free() "
+                    "the optimizer, and make it again afterwards"
+                )
             self._finish_updates()
             if self._gradients is not None:
                 self._gradients.free()
@@ -323,6 +386,7 @@ class DataParallel(nn.Module):
             self._module_buffers if self._broadcast_buffers else dict,
             self._comm,
             self._options,
+            scatter=self._scatter,
         )
         self._gradients.after_end = self._synchronize_buffers
         self._apply_synchronize()
@@ -353,11 +417,11 @@ class DataParallel(nn.Module):
             self._optimizer.finish()
 
     def _synchronize_buffers(self, changed: Sequence[str]) -> None:
-        """Copy the buffers that changed from rank 0; not while joining, when rank 0 may have left."""
+        """Copy the buffers that changed from the first rank; not while joining, when that may have left."""
         assert self._gradients is not None
         if changed and self._gradients.weight is None:
             buffers = self._module_buffers()
-            broadcast_packed([buffers[name] for name in changed], self._gradients.reducer.comm, 0)
+            broadcast_packed([buffers[name] for name in changed], self._gradients.reducer.scope, 0)
 
     def _broadcast_state(self, root: int) -> None:
         comm = self._comm if self._gradients is None else self._gradients.reducer.comm
@@ -375,33 +439,6 @@ def hides_parameters(module: nn.Module) -> bool:
         or "_orig_mod" in m._modules
         for m in module.modules()
     )
-
-
-def broadcast_packed(tensors: Sequence[torch.Tensor], comm: Communicator, root: int) -> None:
-    """Copy tensors of any shapes and dtypes from ``root``, in messages of some megabytes. Collective."""
-    if comm.size == 1:
-        return
-    group: list[torch.Tensor] = []
-    size = 0
-    for tensor in tensors:
-        group.append(tensor.detach())
-        size += tensor.nbytes
-        if size >= 16 << 20:
-            _broadcast_group(group, comm, root)
-            group, size = [], 0
-    if group:
-        _broadcast_group(group, comm, root)
-
-
-def _broadcast_group(tensors: Sequence[torch.Tensor], comm: Communicator, root: int) -> None:
-    flats = [tensor.contiguous().cpu().reshape(-1).view(torch.uint8) for tensor in tensors]
-    packed = torch.cat(flats)
-    comm.Bcast(packed, root)
-    if comm.rank == root:
-        return
-    for tensor, part in zip(tensors, torch.split(packed, [flat.numel() for flat in flats]), strict=True):
-        # A copy, because a part may start at an address that its dtype does not allow.
-        tensor.copy_(part.clone().view(tensor.dtype).view(tensor.shape))
 
 
 def _batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

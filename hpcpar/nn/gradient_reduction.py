@@ -33,47 +33,27 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from hpcpar.comm import BucketLayout, Reducer, ReducerStats, TransportKind, plan_buckets, view_slot
-from hpcpar.errors import HpcparError, MismatchError
-from hpcpar.nn.progress_trial import PROGRESS_CHOICES, ProgressTrial
+from hpcpar.comm import (
+    BucketLayout,
+    Partition,
+    Reducer,
+    ReducerStats,
+    even_partition,
+    plan_buckets,
+    view_slot,
+    whole_tensors,
+)
+from hpcpar.errors import HpcparError
+from hpcpar.nn.progress_trial import ProgressTrial
+from hpcpar.nn.reduction_options import ReductionOptions
+from hpcpar.nn.scattered_gradient import ScatteredGradient
 from hpcpar.nn.sparse_gradients import average_sparse
 from hpcpar.nn.watched_tensors import WatchedTensors
 
 if TYPE_CHECKING:
     from hpcpar.comm import Communicator
 
-__all__ = ["GradientReduction", "ReductionOptions"]
-
-_MIB = 1 << 20
-_WIRE_DTYPES = (None, torch.bfloat16, torch.float16)
-
-
-class ReductionOptions:
-    """How gradients are reduced; the keyword options of :class:`~hpcpar.nn.DataParallel`.
-
-    Raises
-    ------
-    MismatchError
-        For an option that is none of the choices.
-    """
-
-    def __init__(
-        self,
-        *,
-        bucket_mb: float | None,
-        blocking: bool,
-        wire_dtype: torch.dtype | None,
-        transport: str,
-        progress: str,
-    ) -> None:
-        _check_choice("transport", transport, [kind.value for kind in TransportKind])
-        _check_choice("progress", progress, PROGRESS_CHOICES)
-        _check_choice("wire_dtype", wire_dtype, _WIRE_DTYPES)
-        self.bucket_bytes = 0 if blocking else int((8.0 if bucket_mb is None else bucket_mb) * _MIB)
-        self.blocking = blocking
-        self.wire_dtype = wire_dtype
-        self.transport = transport
-        self.progress = progress
+__all__ = ["GradientReduction"]
 
 
 class GradientReduction:
@@ -93,6 +73,16 @@ class GradientReduction:
         How.
     average
         Whether to divide the sum by the number of ranks.
+    scatter
+        ``"anywhere"`` or ``"tensors"``: leave each rank only its part of the means, cut so; ``.grad`` is a
+        :class:`~hpcpar.nn.scattered_gradient.ScatteredGradient` then. ``None``: every rank has all of it.
+
+    Attributes
+    ----------
+    synchronize : bool
+        Whether the next backward reduces; otherwise it accumulates on this rank.
+    within_node : bool
+        Whether the next reduction is one of this node's ranks only; all of them must say the same.
 
     Notes
     -----
@@ -108,6 +98,7 @@ class GradientReduction:
         options: ReductionOptions,
         *,
         average: bool = True,
+        scatter: str | None = None,
     ) -> None:
         sparse_ids = {id(parameter) for parameter in sparse}
         dense = [(name, p) for name, p in reversed(named_parameters) if id(p) not in sparse_ids]
@@ -119,20 +110,22 @@ class GradientReduction:
         self._average = average
         self.synchronize = True
         self.ends_with_backward = True
+        self.within_node = False
         self.weight: Callable[[], float] | None = None
         self.overlapped: Callable[[], None] | None = None
         self.before_begin: Callable[[], None] = lambda: None
         self.after_end: Callable[[Sequence[str]], None] = lambda changed: None
-        self._layouts, self.reducer = self._make_reducer(comm, options)
+        self.layouts, self.partitions = self._plan(comm, options, scatter)
+        self.reducer = self._make_reducer(comm, options)
         self._views = [torch.empty(0)] * len(self.parameters)
         self._bucket_of = [0] * len(self.parameters)
-        for bucket, layout in enumerate(self._layouts):
+        for bucket, layout in enumerate(self.layouts):
             for slot in layout.slots:
                 self._views[slot.index] = view_slot(
                     self.reducer.flats[bucket], slot, self.parameters[slot.index]
                 )
                 self._bucket_of[slot.index] = bucket
-        self._tail = len(self._layouts)
+        self._tail = len(self.layouts)
         self._trial = ProgressTrial(self.reducer, options.progress)
         self._used: list[float] = []  # the tail of this step, once it is there
         self._reduced = 0  # in blocking mode: buckets waited for in this backward
@@ -140,29 +133,50 @@ class GradientReduction:
         self._fired = [0] * len(self.parameters)
         self._left: list[int] = []
         self._open = False
-        self._resolved = [True] * len(self._layouts)
+        self._resolved = [True] * len(self.layouts)
         self._handles = [add_hook(p, self._make_hook(index)) for index, p in enumerate(self.parameters)]
         self._handles += [add_hook(p, self._sparse_hook) for p in self._sparse]
 
-    def _make_reducer(
-        self, comm: Communicator, options: ReductionOptions
-    ) -> tuple[list[BucketLayout], Reducer]:
+    def _plan(
+        self, comm: Communicator, options: ReductionOptions, scatter: str | None
+    ) -> tuple[list[BucketLayout], list[Partition]]:
         layouts = plan_buckets(self.parameters, options.bucket_bytes)
+        if scatter == "tensors":
+            return whole_tensors(layouts, comm.node_map)
+        parts = [even_partition(layout, comm.node_map) for layout in layouts] if scatter else []
+        return layouts, parts
+
+    def _make_reducer(self, comm: Communicator, options: ReductionOptions) -> Reducer:
         tail = BucketLayout(torch.float32, max(1, len(self.parameters) + len(self._buffers.names)))
-        devices = [self.parameters[layout.slots[0].index].device for layout in layouts]
-        reducer = Reducer(
+        devices = [self.parameters[layout.slots[0].index].device for layout in self.layouts]
+        return Reducer(
             comm,
-            [*layouts, tail],
+            [*self.layouts, tail],
             transport=options.transport,
             wire_dtype=options.wire_dtype,
             devices=[*devices, torch.device("cpu")],
+            partitions=[*self.partitions, None] if self.partitions else None,
         )
-        return layouts, reducer
+
+    @property
+    def is_scattered(self) -> bool:
+        """Whether each rank has only its part of the means. Local."""
+        return bool(self.partitions)
+
+    @property
+    def flats(self) -> list[torch.Tensor]:
+        """The flat tensor of each bucket; this rank's part holds the mean after backward. Local."""
+        return self.reducer.flats[:-1]
+
+    @property
+    def wire_dtype(self) -> torch.dtype | None:
+        """What gradients cross the network in, ``None`` for their own type. Local."""
+        return self._options.wire_dtype
 
     @property
     def buckets(self) -> list[list[nn.Parameter]]:
         """The parameters of each bucket. Local."""
-        return [[self.parameters[slot.index] for slot in layout.slots] for layout in self._layouts]
+        return [[self.parameters[slot.index] for slot in layout.slots] for layout in self.layouts]
 
     @property
     def is_open(self) -> bool:
@@ -185,14 +199,18 @@ class GradientReduction:
         if not self._used:
             self.reducer.wait(self._tail)
             self._used = self.reducer.flats[self._tail].tolist()
-        for slot in self._layouts[bucket].slots:
+        for slot in self.layouts[bucket].slots:
             parameter = self.parameters[slot.index]
-            parameter.grad = self._views[slot.index] if self._used[slot.index] > 0.0 else None
+            parameter.grad = self._result(slot.index) if self._used[slot.index] > 0.0 else None
         self._resolved[bucket] = True
+
+    def _result(self, index: int) -> torch.Tensor:
+        view = self._views[index]
+        return view.as_subclass(ScatteredGradient) if self.is_scattered else view
 
     def wait_all(self) -> None:
         """Wait for all buckets, as :meth:`wait`."""
-        for bucket in range(len(self._layouts)):
+        for bucket in range(len(self.layouts)):
             self.wait(bucket)
 
     def finish(self) -> None:
@@ -210,14 +228,14 @@ class GradientReduction:
         """Take part in one reduction with nothing to contribute; false when no rank is active. Collective."""
         self.before_begin()
         self._trial.begin_step()
-        self.reducer.begin(0.0, active=False)
+        self.reducer.begin(0.0, active=False, within_node=self.within_node)
         if self.reducer.active_ranks() == 0:
             self.reducer.abandon()
             return False
         for bucket, flat in enumerate(self.reducer.flats):
             flat.zero_()
             self.reducer.publish(bucket)
-        self._resolved = [False] * len(self._layouts)
+        self._resolved = [False] * len(self.layouts)
         self._used = []
         self.wait_all()
         self._average_sparse(0.0)
@@ -233,7 +251,9 @@ class GradientReduction:
         for handle in self._handles:
             handle.remove()
         for parameter, view in zip(self.parameters, self._views, strict=True):
-            if parameter.grad is not None and parameter.grad.data_ptr() == view.data_ptr():
+            if isinstance(parameter.grad, ScatteredGradient):
+                parameter.grad = None
+            elif parameter.grad is not None and parameter.grad.data_ptr() == view.data_ptr():
                 parameter.grad = parameter.grad.clone()
         self._views = []
         self.reducer.free()
@@ -241,10 +261,22 @@ class GradientReduction:
     # Hooks -----------------------------------------------------------------------------------------------
 
     def _on_output_gradient(self) -> None:
+        if self.is_scattered:
+            self._check_no_leftovers()
         if not self.synchronize:
             self.before_begin()  # autograd is about to add to gradients that may still be under way
         elif not self._open:
             self._begin()
+
+    def _check_no_leftovers(self) -> None:
+        """Nobody can add to a mean that is spread over the ranks."""
+        for name, parameter in zip(self._names, self.parameters, strict=True):
+            if isinstance(parameter.grad, ScatteredGradient):
+                raise HpcparError(
+                    f"zero_grad() must be called between a step of a ShardedOptimizer and the next backward, "
+                    f"got the last gradient of {name!r}. To accumulate, use no_sync() for all backwards but "
+                    "the last"
+                )
 
     def _sparse_hook(self, parameter: torch.Tensor) -> None:
         if self.synchronize and not self._open:
@@ -285,14 +317,14 @@ class GradientReduction:
         self.before_begin()
         self._trial.begin_step()
         self._weight = None if self.weight is None else self.weight()
-        self.reducer.begin(self._weight, average=self._average)
+        self.reducer.begin(self._weight, average=self._average, within_node=self.within_node)
         self._open = True
         self._fired = [0] * len(self.parameters)
-        self._left = [len(layout.slots) for layout in self._layouts]
+        self._left = [len(layout.slots) for layout in self.layouts]
         self._used = []
         self._reduced = 0
-        self._unpublished = set(range(len(self._layouts)))
-        self._resolved = [False] * len(self._layouts)
+        self._unpublished = set(range(len(self.layouts)))
+        self._resolved = [False] * len(self.layouts)
         if self.ends_with_backward:
             engine: Any = torch.autograd.Variable._execution_engine
             engine.queue_callback(self._end)
@@ -352,12 +384,7 @@ class GradientReduction:
         if self._sparse:
             self.reducer.wait(self._tail)  # its collectives are all started then, on every rank in one order
         for parameter in self._sparse:
-            average_sparse(parameter, self.reducer.comm, weight)
-
-
-def _check_choice(name: str, value: object, choices: Sequence[object]) -> None:
-    if value not in choices:
-        raise MismatchError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+            average_sparse(parameter, self.reducer.scope, weight)
 
 
 def add_hook(parameter: nn.Parameter, hook: Callable[[torch.Tensor], None]) -> Any:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from hpcpar.comm import Communicator
-    from hpcpar.nn.gradient_reduction import ReductionOptions
+    from hpcpar.nn.reduction_options import ReductionOptions
 
 __all__ = ["InjectsLosses", "OwnGradients", "SpreadState", "own_gradient_modules", "own_tensors"]
 

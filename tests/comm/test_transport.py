@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from hpcpar.comm import BucketLayout, Communicator
+from hpcpar.comm.partition import even_partition
 from hpcpar.comm.progress import Patience, wait_until
 from hpcpar.comm.transport import (
     MessageTransport,
@@ -21,7 +22,7 @@ from tests.nn.training import assert_replicas_equal, pretended_nodes
 
 pytestmark = pytest.mark.mpi
 
-Make = Callable[[Communicator, list[BucketLayout], "torch.dtype | None"], Transport]
+Make = Callable[..., Transport]
 KINDS: dict[str, tuple[int | None, Make]] = {
     "messages": (None, MessageTransport),
     "shared memory": (None, SharedMemoryTransport),
@@ -38,10 +39,18 @@ def contents(layout: BucketLayout, rank: int, step: int) -> torch.Tensor:
     return torch.randn(layout.numel, generator=generator, dtype=torch.float64).to(layout.dtype)
 
 
-def reduce(transport: Transport, layouts: list[BucketLayout], rank: int, step: int, scale: float) -> None:
+def reduce(
+    transport: Transport,
+    layouts: list[BucketLayout],
+    rank: int,
+    step: int,
+    scale: float,
+    *,
+    within_node: bool = False,
+) -> None:
     for bucket, layout in enumerate(layouts):
         transport.storage[bucket].copy_(contents(layout, rank, step))
-        transport.publish(bucket, step, scale)
+        transport.publish(bucket, step, scale, within_node=within_node)
     left = set(range(len(layouts)))
 
     def done() -> bool:
@@ -71,6 +80,48 @@ def test_sums_of_every_size_and_dtype(comm: Communicator, kind: str, wire_dtype:
             delivered = [transport.delivered(rank, 0, step) for rank in range(comm.size)]
             assert all(verdict is not False for verdict in delivered)
             assert (None in delivered) == (kind == "messages" or nodes.num_nodes > 1)
+        comm.Barrier()
+        transport.free()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("wire_dtype", [None, torch.bfloat16])
+def test_a_partitioned_bucket_gives_each_rank_the_sum_of_its_part(
+    comm: Communicator, kind: str, wire_dtype: torch.dtype | None
+) -> None:
+    ranks_per_node, make = KINDS[kind]
+    layouts = [BucketLayout(dtype, size) for dtype in DTYPES for size in (0, 65, 1000, 10_003)]
+    with pretended_nodes(comm, ranks_per_node) as nodes:
+        partitions = [even_partition(layout, nodes.node_map) for layout in layouts]
+        transport = make(nodes, layouts, wire_dtype, partitions)
+        for step in (1, 2, 3):
+            reduce(transport, layouts, comm.rank, step, 0.5)
+            for bucket, layout in enumerate(layouts):
+                start, end = partitions[bucket].bounds[comm.rank]
+                parts = [contents(layout, rank, step).double() for rank in range(comm.size)]
+                narrow = layout.dtype.itemsize == 2 or (wire_dtype is not None and kind != "shared memory")
+                tolerance = {"rtol": 2e-2, "atol": 2e-2} if narrow else {"rtol": 1e-5, "atol": 1e-5}
+                expected = torch.stack(parts).sum(0)[start:end] * 0.5
+                torch.testing.assert_close(
+                    transport.storage[bucket][start:end].double(), expected, **tolerance
+                )
+        comm.Barrier()
+        transport.free()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_within_the_node_sums_its_ranks_only(comm: Communicator, kind: str) -> None:
+    ranks_per_node, make = KINDS[kind]
+    layouts = [BucketLayout(torch.float64, size) for size in SIZES]
+    with pretended_nodes(comm, ranks_per_node) as nodes:
+        transport = make(nodes, layouts, torch.bfloat16)
+        for step, within_node in enumerate((True, False, True, True, False), start=1):
+            reduce(transport, layouts, comm.rank, step, 1.0, within_node=within_node)
+            members = nodes.node_map.ranks_of(nodes.node_rank) if within_node else range(comm.size)
+            tolerance = {} if within_node else {"rtol": 2e-2, "atol": 2e-2}
+            for bucket, layout in enumerate(layouts):
+                expected = torch.stack([contents(layout, rank, step) for rank in members]).sum(0)
+                torch.testing.assert_close(transport.storage[bucket], expected, **tolerance)
         comm.Barrier()
         transport.free()
 

@@ -619,7 +619,11 @@ def test_different_options_raise_the_same_error_everywhere(comm: Communicator) -
 
 
 def test_unknown_options_raise_on_any_number_of_ranks(comm: Communicator) -> None:
-    wrong: list[dict[str, Any]] = [{"transport": "pigeon"}, {"progress": "magic"}, {"wire_dtype": torch.int8}]
+    wrong: list[dict[str, Any]] = [
+        {"transport": "pigeon"},
+        {"progress": "magic"},
+        {"wire_dtype": torch.int16},
+    ]
     for options in wrong:
         with pytest.raises(MismatchError, match=f"{next(iter(options))} must be one of .* got"):
             DataParallel(mlp(), comm, **options)

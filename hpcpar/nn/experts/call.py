@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from hpcpar.comm.agreement import largest_and_smallest
 from hpcpar.errors import MismatchError
-from hpcpar.nn.agreement import largest_and_smallest
 from hpcpar.nn.experts.exchange import Exchange
 from hpcpar.nn.experts.gate import TopKGate, router_dtype
 from hpcpar.nn.experts.replay import RoutingMemory

@@ -26,10 +26,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from hpcpar.comm import world
+from hpcpar.comm import broadcast_packed, world
+from hpcpar.comm.agreement import agree, check_alike
 from hpcpar.errors import HpcparError
-from hpcpar.nn.agreement import agree, check_alike
-from hpcpar.nn.data_parallel import broadcast_packed
 from hpcpar.nn.experts.call import Call, agree_on_call, agree_on_output, judge
 from hpcpar.nn.experts.construction import Expert, build_experts, describe_layer, draw_seed
 from hpcpar.nn.experts.dispatch import combine, dispatch, without_rows
@@ -41,7 +40,7 @@ from hpcpar.nn.experts.placement import Placement
 from hpcpar.nn.experts.replay import RoutingMemory
 from hpcpar.nn.experts.routing import Routing, choose, route
 from hpcpar.nn.experts.state import expert_number, ignore_absent_experts
-from hpcpar.nn.gradient_reduction import ReductionOptions
+from hpcpar.nn.reduction_options import ReductionOptions
 
 if TYPE_CHECKING:
     from hpcpar.comm import Communicator

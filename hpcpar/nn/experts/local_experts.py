@@ -22,7 +22,7 @@ from hpcpar.nn.experts.dispatch import without_rows
 from hpcpar.nn.experts.exchange import Exchange
 from hpcpar.nn.experts.placement import Placement
 from hpcpar.nn.experts.replica_gradients import ReplicaGradients
-from hpcpar.nn.gradient_reduction import ReductionOptions
+from hpcpar.nn.reduction_options import ReductionOptions
 
 if TYPE_CHECKING:
     from hpcpar.comm import Communicator

@@ -26,12 +26,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from hpcpar.comm import MPI
+from hpcpar.comm import MPI, broadcast_packed
+from hpcpar.comm.agreement import agree
 from hpcpar.errors import MismatchError
-from hpcpar.nn.agreement import agree
-from hpcpar.nn.data_parallel import broadcast_packed
 from hpcpar.nn.experts.placement import Placement
-from hpcpar.nn.gradient_reduction import GradientReduction, ReductionOptions
+from hpcpar.nn.gradient_reduction import GradientReduction
+from hpcpar.nn.reduction_options import ReductionOptions
 from hpcpar.nn.sparse_gradients import sparse_parameters
 
 if TYPE_CHECKING:

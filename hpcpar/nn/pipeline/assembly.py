@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from hpcpar.nn.agreement import agree
-from hpcpar.nn.data_parallel import broadcast_packed
-from hpcpar.nn.gradient_reduction import ReductionOptions
+from hpcpar.comm import broadcast_packed
+from hpcpar.comm.agreement import agree
 from hpcpar.nn.model_signature import check_same_model
 from hpcpar.nn.own_gradients import own_tensors
 from hpcpar.nn.pipeline.batch_norm import convert_deferred_batch_norm
@@ -29,6 +28,7 @@ from hpcpar.nn.pipeline.plan import PipelinePlan
 from hpcpar.nn.pipeline.randomness import LayerSeeds, mix
 from hpcpar.nn.pipeline.reductions import PipelineReductions
 from hpcpar.nn.pipeline.stage import Stage
+from hpcpar.nn.reduction_options import ReductionOptions
 
 if TYPE_CHECKING:
     from hpcpar.comm import Communicator

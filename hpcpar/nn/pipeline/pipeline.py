@@ -28,9 +28,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from hpcpar.comm import MPI, Alarm, world
+from hpcpar.comm import MPI, Alarm, broadcast_packed, world
 from hpcpar.errors import CommunicatorFreedError, HpcparError, RankFailedError
-from hpcpar.nn.data_parallel import broadcast_packed
 from hpcpar.nn.pipeline.assembly import Assembly, assemble
 from hpcpar.nn.pipeline.layers import LayerSpec
 from hpcpar.nn.pipeline.mail import broadcast_value

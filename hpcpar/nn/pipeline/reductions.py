@@ -28,13 +28,13 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from hpcpar.comm import MPI
-from hpcpar.nn.data_parallel import broadcast_packed
-from hpcpar.nn.gradient_reduction import GradientReduction, ReductionOptions
+from hpcpar.comm import MPI, broadcast_packed
+from hpcpar.nn.gradient_reduction import GradientReduction
 from hpcpar.nn.own_gradients import own_gradient_modules
 from hpcpar.nn.pipeline.layers import Layers
 from hpcpar.nn.pipeline.plan import PipelinePlan
 from hpcpar.nn.pipeline.stage import Stage
+from hpcpar.nn.reduction_options import ReductionOptions
 
 if TYPE_CHECKING:
     from hpcpar.comm import Communicator

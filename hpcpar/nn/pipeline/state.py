@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from hpcpar.comm import broadcast_packed
 from hpcpar.errors import MismatchError
-from hpcpar.nn.data_parallel import broadcast_packed
 from hpcpar.nn.own_gradients import SpreadState, own_tensors
 
 if TYPE_CHECKING:

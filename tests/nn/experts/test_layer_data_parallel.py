@@ -14,7 +14,7 @@ from hpcpar.comm import Communicator
 from hpcpar.errors import HpcparError, MismatchError
 from hpcpar.nn import DataParallel
 from hpcpar.nn.experts.layer import MixtureOfExperts
-from hpcpar.nn.gradient_reduction import ReductionOptions
+from hpcpar.nn.reduction_options import ReductionOptions
 from hpcpar.optim import DataParallelOptimizer
 from tests.nn.experts.mixtures import (
     FEATURES,

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from hpcpar.comm import MPI
+from hpcpar.comm.mpi import MPI
 from hpcpar.errors import MismatchError
 
 if TYPE_CHECKING:
-    from hpcpar.comm import Communicator
+    from hpcpar.comm.communicator import Communicator
 
 __all__ = ["agree", "check_alike", "largest_and_smallest"]
 
