@@ -26,6 +26,7 @@ from torch import nn
 
 from hpcpar.errors import HpcparError
 from hpcpar.optim.pending import make_pending, restore
+from hpcpar.optim.wrapped import WrappedOptimizer
 
 __all__ = ["DataParallelOptimizer", "GradientSource"]
 
@@ -44,7 +45,7 @@ class GradientSource(Protocol):
         """Wait until ``.grad`` of the parameters of a bucket is the mean over ranks."""
 
 
-class DataParallelOptimizer(torch.optim.Optimizer):
+class DataParallelOptimizer(WrappedOptimizer):
     """Wraps a torch optimizer; pass it to :class:`hpcpar.nn.DataParallel` to overlap the next forward.
 
     Parameters
@@ -70,8 +71,7 @@ class DataParallelOptimizer(torch.optim.Optimizer):
     _step_supports_amp_scaling = False
 
     def __init__(self, torch_optimizer: torch.optim.Optimizer, blocking: bool = False) -> None:
-        # No super().__init__: groups, state and defaults are those of the wrapped optimizer.
-        self.optimizer = torch_optimizer
+        super().__init__(torch_optimizer)
         self.blocking = blocking
         self._overlaps: list[_Overlap] = []
         torch_optimizer.register_state_dict_pre_hook(lambda _: self.finish())
@@ -135,26 +135,6 @@ class DataParallelOptimizer(torch.optim.Optimizer):
         """As in torch, before the model is wrapped. Local."""
         self.finish()
         self.optimizer.add_param_group(param_group)
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """The groups of the wrapped optimizer. Local."""
-        return self.optimizer.param_groups
-
-    @property
-    def state(self) -> Any:  # type: ignore[override]
-        """The state of the wrapped optimizer; of parameters under way it is the old one. Local."""
-        return self.optimizer.state
-
-    @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
-        """The defaults of the wrapped optimizer. Local."""
-        return self.optimizer.defaults
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "optimizer":
-            raise AttributeError(name)
-        return getattr(self.optimizer, name)
 
     def __getstate__(self) -> dict[str, Any]:
         self.finish()

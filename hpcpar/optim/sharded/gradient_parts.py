@@ -38,6 +38,11 @@ class GradientParts(Protocol):
     parameters: list[nn.Parameter]
     layouts: list[BucketLayout]
     partitions: list[Partition]
+    reducer: Reducer
+
+    @property
+    def wire_dtype(self) -> torch.dtype | None:
+        """The type in which gradients cross the network, if not their own."""
 
     @property
     def flats(self) -> list[torch.Tensor]:
@@ -85,7 +90,8 @@ class SelfReducedGradients:
             self.partitions = [even_partition(layout, comm.node_map) for layout in self.layouts]
         devices = [self.parameters[layout.slots[0].index].device for layout in self.layouts]
         flags = BucketLayout(torch.float32, max(1, len(self.parameters)))
-        self._reducer = Reducer(
+        self.wire_dtype = wire_dtype
+        self.reducer = Reducer(
             comm,
             [*self.layouts, flags],
             transport=transport,
@@ -97,11 +103,11 @@ class SelfReducedGradients:
     @property
     def flats(self) -> list[torch.Tensor]:
         """The flat tensor of each bucket; this rank's part holds the mean. Local."""
-        return self._reducer.flats[:-1]
+        return self.reducer.flats[:-1]
 
     def reduce(self) -> list[bool]:
         """Average the gradients as they are now; which parameters have one on any rank. Collective."""
-        reducer, flags = self._reducer, self._reducer.flats[-1]
+        reducer, flags = self.reducer, self.reducer.flats[-1]
         reducer.begin()
         flags.zero_()
         for bucket, layout in enumerate(self.layouts):
@@ -122,4 +128,4 @@ class SelfReducedGradients:
 
     def free(self) -> None:
         """Free the reducer. Collective."""
-        self._reducer.free()
+        self.reducer.free()

@@ -30,10 +30,12 @@ from torch import nn
 from hpcpar.comm import MPI, Alarm, broadcast_packed, check_alike, world
 from hpcpar.errors import CheckpointError, CommunicatorFreedError, HpcparError, MismatchError
 from hpcpar.optim.sharded.gradient_parts import GradientParts, SelfReducedGradients
+from hpcpar.optim.sharded.residuals import load_residuals, residuals
 from hpcpar.optim.sharded.shards import Shards
 from hpcpar.optim.sharded.splitting import choose_cut, describe, parameter_groups
 from hpcpar.optim.sharded.state import MASTER, check_shapes, cut_state, whole_state
 from hpcpar.optim.sharded.verdict import Verdict
+from hpcpar.optim.wrapped import WrappedOptimizer
 
 if TYPE_CHECKING:
     from hpcpar.comm import Communicator
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
 __all__ = ["ShardedOptimizer"]
 
 
-class ShardedOptimizer(torch.optim.Optimizer):
+class ShardedOptimizer(WrappedOptimizer):
     """A torch optimizer whose state is split over ranks. Collective to make, to step and to ``free``.
 
     Parameters
@@ -107,7 +109,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
         transport: str = "auto",
         **kwargs: Any,
     ) -> None:
-        # No super().__init__: groups, state and defaults are those of the wrapped optimizer.
         self._cut = choose_cut(optimizer_class, cut)
         model = params_or_model if isinstance(params_or_model, nn.Module) else None
         given = parameters if parameters is not None else params_or_model
@@ -130,7 +131,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._shards = Shards(parts, self._comm, whole=self._cut == "tensors", shared=shared)
         self._alarm = Alarm([self._comm])
         self._verdict = Verdict(self._judge)
-        self.optimizer = optimizer_class(self._shard_groups(), **kwargs)
+        super().__init__(optimizer_class(self._shard_groups(), **kwargs))
         self.param_groups[0]["params"].insert(0, self._verdict)
         self._seen: list[object] | None = None
 
@@ -206,11 +207,13 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """The whole state, on every rank, in the form of the plain optimizer. Collective.
 
         It loads on any number of ranks, and into ``optimizer_class`` over the same parameters. Tensors are
-        on the host. Of 16-bit parameters it has the float32 values, too, as ``master``.
+        on the host. Of 16-bit parameters it has the float32 values, too, as ``master``; with
+        ``wire_dtype=torch.int8`` what that has kept back, as ``residuals``.
         """
         self._check_alive()
         with self._failing_together():
             states = whole_state(self._shards.own, self.optimizer.state, self._parts, self._comm)
+            kept_back = residuals(self._parts)
         everything = [p for group in self._groups for p in group["params"]]
         numbers = {id(p): number for number, p in enumerate(everything)}
         groups = [
@@ -220,8 +223,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
             }
             for own, group in zip(self.optimizer.param_groups, self._groups, strict=True)
         ]
-        state = {numbers[id(self._parts.parameters[place])]: states[place] for place in states}
-        return {"state": dict(sorted(state.items())), "param_groups": groups}
+        number_of = [numbers[id(p)] for p in self._parts.parameters]
+        state = {number_of[index]: states[index] for index in states}
+        result = {"state": dict(sorted(state.items())), "param_groups": groups}
+        if kept_back:
+            result["residuals"] = {number_of[index]: kept_back[index] for index in kept_back}
+        return result
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a state of :meth:`state_dict`, or of the plain optimizer. Local; the same on every rank.
@@ -248,6 +255,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
             check_shapes(parameter, known[id(parameter)] or {})
         self._shards.refresh_masters()
         self._load(known, groups)
+        number_of = {id(p): number for number, p in zip(numbers, everything, strict=True)}
+        kept_back = state_dict.get("residuals", {})
+        places = [(index, number_of[id(p)]) for index, p in enumerate(self._parts.parameters)]
+        load_residuals(self._parts, {index: kept_back[n] for index, n in places if n in kept_back})
 
     def _load(self, known: dict[int, Any], groups: list[dict[str, Any]]) -> None:
         inner = self.optimizer.state_dict()
@@ -288,35 +299,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._alarm.free()
         self._comm.Free()
 
-    # As torch has it -------------------------------------------------------------------------------------
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """The groups of the wrapped optimizer, with their options and this rank's shards. Local."""
-        return self.optimizer.param_groups
-
-    @property
-    def state(self) -> Any:  # type: ignore[override]
-        """The state of this rank's shards. Local."""
-        return self.optimizer.state
-
-    @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
-        """The defaults of the wrapped optimizer. Local."""
-        return self.optimizer.defaults
-
     @property
     def is_shared(self) -> bool:
         """Whether the ranks of this node hold one copy of the parameters. Local."""
         return self._shards.is_shared
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "optimizer":
-            raise AttributeError(name)
-        return getattr(self.optimizer, name)
-
-    def __reduce__(self) -> str:
-        raise TypeError("a ShardedOptimizer must not be pickled or copied. Use its state_dict()")
 
     def __repr__(self) -> str:
         return f"ShardedOptimizer({self.optimizer!r}, rank {self._comm.rank} of {self._comm.size})"

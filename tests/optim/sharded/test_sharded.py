@@ -518,6 +518,27 @@ def test_what_is_refused(comm: Communicator) -> None:
     model.free()
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adafactor])
+def test_parameters_on_a_gpu_stay_there(comm: Communicator, kind: Any) -> None:
+    batches = make_batches(comm, 3)
+    expected, _ = reference(mlp(), kind, {"lr": 0.02}, batches)
+    device = torch.device("cuda", comm.rank % torch.cuda.device_count())
+    for attached in (True, False):
+        net = mlp().to(device)
+        model = wrap(net, comm)
+        optimizer = ShardedOptimizer(model if attached else net, kind, comm, lr=0.02)
+        assert not optimizer.is_shared
+        train(model, optimizer, [[part.to(device) for part in batch] for batch in local(comm, batches)])
+        assert all(p.is_cuda for p in net.parameters())
+        state = optimizer.state_dict()
+        assert not any(v.is_cuda for s in state["state"].values() for v in s.values())
+        optimizer.load_state_dict(state)
+        assert_close(net.cpu(), expected, attached)
+        optimizer.free()
+        model.free()
+
+
 def test_a_copy_of_the_model_has_memory_of_its_own(comm: Communicator) -> None:
     net = mlp()
     model = wrap(net, comm)

@@ -155,6 +155,33 @@ def test_masters_come_back_with_all_their_digits(comm: Communicator) -> None:
     model.free()
 
 
+@pytest.mark.parametrize("attached", [True, False])
+def test_what_an_eight_bit_wire_keeps_back_is_part_of_the_state(comm: Communicator, attached: bool) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 400), nn.Tanh(), nn.Linear(400, 3))
+    batches = make_batches(comm, 3, dtype=torch.float32)
+    with pretended_nodes(comm, 1) as nodes:
+        model = wrap(net, nodes, wire_dtype=torch.int8)
+        source: Any = model if attached else net
+        make: Any = lambda: ShardedOptimizer(  # noqa: E731
+            source, torch.optim.AdamW, nodes, lr=0.02, wire_dtype=torch.int8
+        )
+        optimizer = make()
+        train(model, optimizer, [local_part(comm, *batch) for batch in batches])
+        state = optimizer.state_dict()
+        assert "residuals" in state or comm.size == 1
+        if comm.size > 1:
+            assert any(bool(residual.any()) for residual in state["residuals"].values())
+        optimizer.free()
+        optimizer = make()
+        optimizer.load_state_dict(state)
+        again = optimizer.state_dict().get("residuals", {})
+        for number, residual in state.get("residuals", {}).items():
+            torch.testing.assert_close(again[number], residual)
+        optimizer.free()
+        model.free()
+
+
 def test_a_state_of_other_parameters_is_refused_by_name(comm: Communicator) -> None:
     net = mlp()
     optimizer = ShardedOptimizer(net, torch.optim.AdamW, comm)
