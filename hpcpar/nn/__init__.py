@@ -2,6 +2,7 @@
 
 from hpcpar.nn.batch_norm import SyncBatchNorm, convert_sync_batchnorm
 from hpcpar.nn.data_parallel import DataParallel
+from hpcpar.nn.data_parallel_multi_gpu import DataParallelMultiGPU
 from hpcpar.nn.experts.backend import ExpertBackend
 from hpcpar.nn.experts.client import RemoteExpert
 from hpcpar.nn.experts.clipping import clip_grad_norm_
@@ -18,6 +19,7 @@ from hpcpar.nn.pipeline import Pipeline
 __all__ = [
     "BatchTensorDescriptor",
     "DataParallel",
+    "DataParallelMultiGPU",
     "ExpertBackend",
     "ExpertServer",
     "MixtureOfExperts",
