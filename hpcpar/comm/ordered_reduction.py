@@ -103,6 +103,9 @@ class OrderedReduction(Request):
         Where the result of each owner goes, ``None`` for owners that send this rank nothing.
     limit
         Largest count in one message.
+    members
+        The ranks of ``control`` that take part, this one among them, in the order of ``bounds``, rows and
+        ``receive``; all by default.
     """
 
     def __init__(
@@ -118,20 +121,22 @@ class OrderedReduction(Request):
         receive: Sequence[torch.Tensor | None],
         deliver: Callable[[], None],
         limit: int,
+        members: Sequence[int] | None = None,
     ) -> None:
         super().__init__(operation, (), patience, deliver=deliver)
         self._control, self._tag, self._limit = control, tag, limit
         self._combine, self._receive = combine, receive
-        me = control.rank
+        self._members = range(control.size) if members is None else members
+        self._me = me = self._members.index(control.rank)
         mine = bounds[me][1] - bounds[me][0]
-        self._rows = send.new_empty((control.size, mine))
+        self._rows = send.new_empty((len(self._members), mine))
         self._rows[me].copy_(send[slice(*bounds[me])])
         self._stage = 1
         self._busy = threading.Lock()
         self._keep = [send]
         self._exchange(
-            [None if r == me else send[slice(*bounds[r])] for r in range(control.size)],
-            [None if r == me else self._rows[r] for r in range(control.size)],
+            [None if r == me else send[slice(*bounds[r])] for r in range(len(self._members))],
+            [None if r == me else self._rows[r] for r in range(len(self._members))],
         )
         ENGINE.add(self)
 
@@ -159,7 +164,7 @@ class OrderedReduction(Request):
         if self._stage == 2:
             return True
         results = self._combine(self._rows)
-        me = self._control.rank
+        me = self._me
         own, result = self._receive[me], results[me]
         if own is not None and result is not None:
             own.copy_(result)
@@ -176,10 +181,10 @@ class OrderedReduction(Request):
         """Post the messages of a stage; both ends know the lengths, so empty ones are not sent."""
         self._handles = []
         self._keep = [self._keep, sends, receives]
-        for rank, buffer in enumerate(receives):
+        for rank, buffer in zip(self._members, receives, strict=True):
             if buffer is not None and buffer.numel():
                 self._post(self._control.Irecv, buffer, rank)
-        for rank, buffer in enumerate(sends):
+        for rank, buffer in zip(self._members, sends, strict=True):
             if buffer is not None and buffer.numel():
                 self._post(self._control.Isend, buffer, rank)
 

@@ -1,0 +1,334 @@
+"""One rank's part in a collaboration: what each call of the optimizer does next, and in which order.
+
+A *turn* looks at the news and does what is due: load a newer state, or take part in a round::
+
+    turn:  behind?            -> load the newest state from a donor; keep gradients that are not too old
+           round due, joined? -> wait for the decision -> hand over, sum, apply     (blocking)
+                                 look, apply if it is complete                      (delayed averaging)
+
+With delayed averaging a rank joins with what it has, goes on accumulating apart, and blocks only when the
+round after the one under way has its samples, too.
+
+Invariants:
+
+* What was handed over is either summed or taken back, so samples count once.
+* Parameters change only in :meth:`Collaboration._apply` and when a state is loaded, both in the thread and
+  inside a call of the optimizer, with no wait in between: a donor never packs half a step.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from hpcpar.comm import Alarm, Reducer, wait_for_peers
+from hpcpar.optim.collaborative.accumulation import Accumulation, Totals, plan_accumulation
+from hpcpar.optim.collaborative.averaging import Averaging
+from hpcpar.optim.collaborative.catch_up import CatchUp
+from hpcpar.optim.collaborative.membership import Membership
+from hpcpar.optim.collaborative.options import CollaborativeOptions
+from hpcpar.optim.collaborative.performance import PerformanceEMA
+from hpcpar.optim.collaborative.progress import (
+    CollaborationState,
+    TrainingState,
+    summarize,
+    training_states,
+)
+from hpcpar.optim.collaborative.replica import Replica
+from hpcpar.optim.collaborative.state_exchange import StateExchange
+
+if TYPE_CHECKING:
+    from hpcpar.comm import Communicator
+
+__all__ = ["Collaboration"]
+
+logger = logging.getLogger(__name__)
+
+_ASSIST_S = 1.0
+
+
+class Collaboration:
+    """Everything of a collaborative optimizer that communicates. Collective to make.
+
+    Parameters
+    ----------
+    comm
+        The ranks.
+    replica
+        Equal on all of them.
+    options
+        Of the optimizer.
+    """
+
+    def __init__(self, comm: Communicator, replica: Replica, options: CollaborativeOptions) -> None:
+        self._comm = comm.Dup()
+        self._comm.skip_checks()
+        self.rank = comm.rank
+        self.is_open = True
+        self._replica, self._options = replica, options
+        self._performance = PerformanceEMA(options.performance_ema_alpha)
+        self._alarm = Alarm([self._comm])
+        likes, layouts, devices = plan_accumulation(
+            replica.parameters, narrow=options.reuse_grad_buffers, device=options.accumulate_grads_on
+        )
+        reducer = Reducer(
+            self._comm,
+            layouts,
+            transport=options.transport,
+            wire_dtype=options.wire_dtype,
+            devices=devices,
+            name="averaging round",
+        )
+        self._accumulation = Accumulation(
+            replica.parameters,
+            likes,
+            layouts,
+            reducer,
+            apart=options.delayed_averaging,
+            batch_size=options.batch_size_per_step if options.reuse_grad_buffers else None,
+        )
+        self._averaging = Averaging(self._comm, reducer, behind=options.delayed_averaging)
+        self._members: Sequence[int] | None = None  # of the round that is being summed
+        self._exchange = StateExchange(self._comm, replica.pack)
+        self._membership = Membership(self._comm, options.target_batch_size, options.averaging_timeout)
+        self._catch_up = CatchUp(self._comm, self._membership, self._exchange, options.averaging_timeout)
+
+    # What is known ---------------------------------------------------------------------------------------
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether others have a newer version. Local."""
+        self._look()
+        return self._membership.is_behind
+
+    @property
+    def state(self) -> CollaborationState:
+        """Of all ranks together. Local."""
+        self._look()
+        return summarize(self._membership.rows, self._options.target_batch_size)
+
+    @property
+    def training_states(self) -> list[TrainingState]:
+        """Of each rank. Local."""
+        self._look()
+        return training_states(self._membership.rows)
+
+    # What the optimizer calls ----------------------------------------------------------------------------
+
+    def contribute(self, samples: int, *, scale: float | None, has_overflowed: bool) -> None:
+        """Count a batch, then take a turn. Point-to-point."""
+        with self._alarm.armed():
+            self._accumulation.add(samples, self._replica.version, scale, has_overflowed)
+            self._performance.update(samples)
+            self._turn()
+
+    def assist(self) -> None:
+        """Take a turn when there is something to do, or after a second. Point-to-point."""
+        with self._alarm.armed(), self._performance.pause():
+            limit_s = time.monotonic() + _ASSIST_S
+            self._wait_for_others(lambda: self._is_called or time.monotonic() >= limit_s)
+            self._turn()
+
+    def load_from_peers(self) -> None:
+        """Load the newest state with the random numbers, also if this rank has the newest. Point-to-point."""
+        self.settle()
+        with self._alarm.armed():
+            self._load(explicit=True)
+            while self._membership.is_behind:
+                self._load(explicit=True)
+
+    def settle(self) -> None:
+        """End the round that runs behind, if any. Point-to-point."""
+        with self._alarm.armed():
+            while self._membership.has_joined:
+                self._advance_round(wait=True)
+
+    def restart(self) -> None:
+        """Go on with the replica's state, which was loaded from elsewhere. Local."""
+        self._accumulation.clear()
+        self._membership.advance(self._replica.version, self._replica.step, 0, anew=True)
+
+    def leave(self) -> None:
+        """Assist until all leave, then free everything. Collective."""
+        if not self.is_open:
+            return
+        membership = self._membership
+        with self._alarm.armed(), self._performance.pause():
+            membership.leave()
+            while not membership.decision.all_left:
+                self._wait_for_others(self._make_news_check())
+                self._turn()
+            membership.close()
+            self._exchange.free()
+        self._accumulation.detach()
+        self._averaging.free()
+        self.is_open = False
+        self._alarm.free()
+        self._comm.Free()
+
+    def abort(self, text: str) -> None:
+        """Tell the others that this rank has failed, and wait for nobody. Local."""
+        if not self.is_open:
+            return
+        self.is_open = False
+        self._alarm.sound(text)
+        self._membership.stop()
+        self._exchange.stop()
+        self._averaging.give_up()
+
+    # Turns -----------------------------------------------------------------------------------------------
+
+    def _look(self) -> None:
+        """Take in what is new, answer who asks. Never waits."""
+        if self.is_open:
+            self._membership.look()
+            self._exchange.progress()
+
+    @property
+    def _is_called(self) -> bool:
+        """Whether a turn would do something."""
+        self._look()
+        membership = self._membership
+        if membership.is_behind:
+            return True
+        if not membership.has_joined:
+            return membership.is_due
+        if self._members is not None:
+            return self._averaging.is_done() or membership.is_next_due
+        return membership.is_decided or membership.is_next_due
+
+    def _turn(self) -> None:
+        """Do what is due now."""
+        membership = self._membership
+        membership.report(self._accumulation.samples, self._performance.samples_per_second)
+        self._look()
+        if membership.is_behind:
+            self._load(explicit=False)
+            return
+        if not membership.has_joined:
+            if not membership.is_due:
+                return
+            self._join()
+        self._advance_round(wait=not self._options.delayed_averaging or membership.is_next_due)
+
+    def _join(self) -> None:
+        self._membership.join()
+        if self._options.delayed_averaging:  # else when it begins, so that it need not be taken back
+            self._accumulation.hand_over()
+
+    def _advance_round(self, *, wait: bool) -> None:
+        """Go on with the round that was joined, to its end if this may wait."""
+        began_s = time.monotonic()
+        with self._performance.pause():
+            if not self._begin_round(wait=wait):
+                return
+            if not wait and not self._averaging.is_done():
+                return
+            self._averaging.wait()
+            members, self._members = self._members or (), None
+            self._apply(self._accumulation.totals(), len(members), time.monotonic() - began_s)
+
+    def _begin_round(self, *, wait: bool) -> bool:
+        """Start the sums when the members are known; whether they are under way."""
+        membership = self._membership
+        if self._members is not None:
+            return True
+        if wait:
+            self._wait_for_others(lambda: membership.is_decided)
+        elif not membership.is_decided:
+            return False
+        members = membership.members()
+        if members is None:
+            self._load(explicit=False)
+            return False
+        if not self._options.delayed_averaging:
+            self._accumulation.hand_over()
+        self._averaging.start(members)
+        self._members = members
+        return True
+
+    def _apply(self, totals: Totals, members: int, seconds: float) -> None:
+        """Make the global step, the same on all members."""
+        is_step = totals.samples > 0 and not totals.has_overflowed
+        if is_step:
+            self._accumulation.write_means(totals)
+            self._replica.apply(self._options.clip_grad_norm)
+        self._accumulation.end_round()
+        self._replica.version += 1
+        self._membership.advance(self._replica.version, self._replica.step, self._accumulation.samples)
+        level = logging.INFO if self._options.verbose else logging.DEBUG
+        if logger.isEnabledFor(level):
+            state = summarize(self._membership.rows, self._options.target_batch_size)
+            logger.log(
+                level,
+                "global step %d%s: %d samples, %d ranks, %.1f samples/s, averaged in %.3f s, next in %.1f s",
+                self._replica.step,
+                "" if is_step else " is not made, since gradients have overflowed",
+                totals.samples,
+                members,
+                state.samples_per_second,
+                seconds,
+                state.eta_next_step,
+            )
+
+    # States ----------------------------------------------------------------------------------------------
+
+    def _load(self, *, explicit: bool) -> None:
+        """Load the newest state, unless it turns out that none is needed."""
+        membership, accumulation = self._membership, self._accumulation
+        if membership.has_joined:
+            if self._options.delayed_averaging:
+                accumulation.take_back()
+            membership.leave_round(accumulation.samples)
+        is_behind = membership.is_behind
+        with self._performance.pause():
+            packed = self._catch_up.fetch(
+                membership.version + int(is_behind), lambda: explicit or membership.is_behind
+            )
+        if packed is None:
+            return
+        before = self._replica.version
+        self._replica.unpack(packed, random=explicit)
+        self._drop_old_gradients()
+        membership.advance(self._replica.version, self._replica.step, accumulation.samples)
+        logger.info(
+            "%s was at version %d and has loaded version %d", self._comm._where, before, self._replica.version
+        )
+
+    def _drop_old_gradients(self) -> None:
+        accumulation = self._accumulation
+        if accumulation.oldest is None:
+            return
+        age = self._replica.version - accumulation.oldest
+        if age > self._options.step_tolerance:
+            logger.warning(
+                "%s drops %d samples: gradients of parameters %d versions old, where step_tolerance is %d",
+                self._comm._where,
+                accumulation.samples,
+                age,
+                self._options.step_tolerance,
+            )
+            accumulation.clear()
+
+    def _make_news_check(self) -> Callable[[], bool]:
+        """Whether anything is new since now; a wait for news begins its deadline anew with each."""
+        membership = self._membership
+        heard = membership.rows.tobytes()
+        return lambda: self._is_called or membership.decision.all_left or membership.rows.tobytes() != heard
+
+    # Waiting ---------------------------------------------------------------------------------------------
+
+    def _wait_for_others(self, done: Callable[[], bool]) -> None:
+        def look_and_ask() -> bool:
+            self._look()
+            return done()
+
+        wait_for_peers(look_and_ask, self._comm, self._describe)
+
+    def _describe(self) -> tuple[str, Sequence[int]]:
+        membership = self._membership
+        if membership.has_joined:
+            return f"joining averaging round {membership.version}", membership.missing()
+        return "assisting other ranks", [r.rank for r in training_states(membership.rows) if not r.has_left]
