@@ -62,7 +62,7 @@ format: env  ## let ruff rewrite what it can
 	$(MPICH)/bin/ruff check --fix .
 	$(MPICH)/bin/ruff format .
 
-bench: env  ## benchmarks on two ranks, both MPIs, and one on eight ranks that sleep
+bench: env  ## benchmarks on two ranks, both MPIs; on more that sleep; on two hosts, as root
 	$(MPICH_RUN) benchmarks/allreduce.py
 	$(OPENMPI_RUN) benchmarks/allreduce.py --compare benchmarks/results/allreduce-mpich-$(RANKS).json
 	$(MPICH_RUN) benchmarks/data_parallel_step.py
@@ -73,6 +73,10 @@ bench: env  ## benchmarks on two ranks, both MPIs, and one on eight ranks that s
 	$(MPICH)/bin/mpirun -n 8 $(MPICH)/bin/python benchmarks/pipeline_sleep.py
 	$(MPICH_RUN) benchmarks/experts.py
 	$(OPENMPI_RUN) benchmarks/experts.py
+	$(MPICH_RUN) benchmarks/optimizers.py --part sharded
+	$(OPENMPI_RUN) benchmarks/optimizers.py --part sharded
+	$(MPICH)/bin/mpirun -n 4 $(MPICH)/bin/python benchmarks/optimizers.py --part collaborative
+	$(MPICH)/bin/python benchmarks/optimizers_daso.py --hosts
 
 clean:  ## remove build outputs and caches; the environments stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

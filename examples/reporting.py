@@ -19,7 +19,15 @@ import numpy.typing as npt
 
 from common import UserError
 
-__all__ = ["Curve", "Reporter", "draw_curves", "draw_heat_map", "prepare_output", "write_history"]
+__all__ = [
+    "Curve",
+    "Reporter",
+    "draw_curves",
+    "draw_heat_map",
+    "draw_shares",
+    "prepare_output",
+    "write_history",
+]
 
 Curve = tuple[str, Sequence[float], Sequence[float]]
 """A label, the x and the y values."""
@@ -150,6 +158,37 @@ def draw_heat_map(
         axes.set_ylabel(labels[1])
     panels[-1].set_xlabel(labels[0])
     figure.colorbar(image, ax=list(panels), label=labels[2])
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def draw_shares(
+    path: Path, rows: npt.NDArray[np.float64], first_column: int, labels: tuple[str, str, str]
+) -> Path | None:
+    """Draw rows on top of each other as areas, and as a heat map below; None where matplotlib is missing.
+
+    Parameters
+    ----------
+    path : the picture.
+    rows : of shape (rows, columns), none below zero.
+    first_column : the number of the first column, for the axis.
+    labels : of the columns, the rows and the values.
+    """
+    map_height = 0.6 + 0.22 * len(rows)
+    figure = _figure(width=8.0, height=3.4 + map_height)
+    if figure is None:
+        return None
+    areas, colours = figure.subplots(2, 1, sharex=True, height_ratios=[2.8, map_height])
+    columns = np.arange(rows.shape[1]) + first_column
+    areas.stackplot(columns, rows, labels=[f"{labels[1]} {number}" for number in range(len(rows))])
+    areas.set_ylabel(labels[2])
+    if len(rows) <= 10:
+        areas.legend(loc="lower right", fontsize="small")
+    edges = (first_column - 0.5, first_column - 0.5 + rows.shape[1], len(rows) - 0.5, -0.5)
+    image = colours.imshow(rows, aspect="auto", interpolation="nearest", vmin=0.0, extent=edges)
+    colours.yaxis.get_major_locator().set_params(integer=True)
+    colours.set(xlabel=labels[0], ylabel=labels[1])
+    figure.colorbar(image, ax=[areas, colours], label=labels[2])
     figure.savefig(path, dpi=120)
     return path
 

@@ -21,7 +21,12 @@ TEXT += ["--eval-every", "4", "--eval-windows", "9", "--clip", "0", "--no-plot"]
 EXPERTS = ["--experts", "5", "--capacity-factor", "1.5", "--clip", "0.5"]
 SERVED = ["--layers", "1", "--width", "16", "--heads", "2", "--context", "16", "--limit", "50000"]
 SERVED += ["--batch-size", "5", "--report-every", "10"]
-MODES = {"plain": [], "blocking": ["--blocking"], "overlap": ["--forward-overlap"]}
+MODES = {
+    "plain": [],
+    "blocking": ["--blocking"],
+    "overlap": ["--forward-overlap"],
+    "sharded": ["--optimizer", "sharded"],
+}
 
 
 def run(example: str, ranks: int, *arguments: str) -> LaunchResult:
@@ -55,13 +60,46 @@ def text_reference(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("mode", "ranks"), [("plain", 2), ("plain", 4), ("blocking", 2), ("overlap", 1), ("overlap", 4)]
+    ("mode", "ranks"),
+    [("plain", 2), ("plain", 4), ("blocking", 2), ("overlap", 1), ("overlap", 4), ("sharded", 4)],
 )
 def test_digits_learn_as_in_one_process(
     digits_reference: list[float], tmp_path: Path, mode: str, ranks: int
 ) -> None:
     epochs = history("train_digits.py", ranks, tmp_path, *DIGITS, *MODES[mode])["epochs"]
     assert losses(epochs) == pytest.approx(digits_reference, rel=1e-3)
+
+
+def test_digits_go_on_with_another_number_of_ranks(digits_reference: list[float], tmp_path: Path) -> None:
+    arguments = [*DIGITS, "--optimizer", "sharded"]
+    history("train_digits.py", 2, tmp_path, *arguments, "--save", str(tmp_path), "--save-every", "1")
+    content = history("train_digits.py", 3, tmp_path, *arguments, "--resume", str(tmp_path / "epoch-1.h5"))
+    assert [row["epoch"] for row in content["epochs"]] == [2]
+    assert losses(content["epochs"]) == pytest.approx(digits_reference[3:], rel=1e-3)
+    assert len(set(content["checksums"])) == 1
+
+
+def test_nodes_train_by_themselves_and_end_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HPCPAR_RANKS_PER_NODE", "1")
+    arguments = ["--optimizer", "daso", "--warmup-epochs", "1", "--cooldown-epochs", "0"]
+    content = history("train_digits.py", 2, tmp_path, *DIGITS, *arguments)
+    first, last = content["epochs"]
+    assert (first["note"], last["note"]) == ("warm-up", "cycling, parameters averaged every 4 steps")
+    assert last["train_loss"] < first["train_loss"]
+    assert len(set(content["checksums"])) == 1
+
+
+def test_slow_rank_contributes_what_it_can(tmp_path: Path) -> None:
+    arguments = ["--optimizer", "collaborative", "--slow", "0:6", "--micro-batch-size", "2", "--plot"]
+    content = history("train_digits.py", 2, tmp_path, *DIGITS, *arguments)
+    first, last = content["epochs"]
+    assert last["train_loss"] < first["train_loss"]
+    assert len(set(content["checksums"])) == 1
+    samples = np.array(content["samples_per_rank"])
+    assert samples.shape == (2, 2 * 22)
+    assert samples.sum(axis=0).min() >= 7
+    assert samples[0].sum() < samples[1].sum()
+    assert (tmp_path / "samples_per_rank.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize(("mode", "ranks"), [("plain", 2), ("plain", 4), ("overlap", 4)])
@@ -209,6 +247,7 @@ def test_digits_read_a_folder_of_idx_files(tmp_path: Path) -> None:
     [
         ("train_digits.py", ["--data", "nowhere"], "nowhere is not a folder"),
         ("train_digits.py", ["--epochs", "0"], "must be at least 1, got 0"),
+        ("train_digits.py", ["--resume", "nowhere"], "--resume nowhere: no such file"),
         ("train_text.py", ["--text", "nowhere"], "no such folder"),
         ("train_text.py", ["--limit", "100"], "too short"),
         ("train_text.py", ["--heads", "3"], "--heads 3 must divide --width 128"),

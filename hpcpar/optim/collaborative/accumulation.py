@@ -116,11 +116,10 @@ class Accumulation:
         self._parameters = list(parameters)
         self._flats = reducer.flats
         self._tail = reducer.flats[-1]
-        self._views = [torch.empty(0)] * len(likes)
-        for layout, flat in zip(layouts[:-1], self._flats, strict=False):
+        self._likes, self._layouts = likes, layouts[:-1]
+        for flat in self._flats[:-1]:
             flat.zero_()
-            for slot in layout.slots:
-                self._views[slot.index] = view_slot(flat, slot, likes[slot.index])
+        self._views = self.views_of(self._flats)
         self._apart = apart
         self._sums = [torch.zeros_like(view) for view in self._views] if apart else self._views
         self._batch_size = batch_size
@@ -128,6 +127,14 @@ class Accumulation:
         self.clear()
         if batch_size is not None:
             self._attach()
+
+    def views_of(self, flats: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The part of each parameter of tensors that are laid out like the buckets."""
+        views = [torch.empty(0)] * len(self._likes)
+        for layout, flat in zip(self._layouts, flats, strict=False):
+            for slot in layout.slots:
+                views[slot.index] = view_slot(flat, slot, self._likes[slot.index])
+        return views
 
     def clear(self) -> None:
         """Drop what is accumulated and not handed over."""

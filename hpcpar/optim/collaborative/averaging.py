@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
+
 from hpcpar.comm import MemberReduction, Reducer, threads_allowed
 
 if TYPE_CHECKING:
@@ -71,6 +73,19 @@ class Averaging:
             self._reducer.wait_all()
         else:
             self._among.wait()
+
+    @property
+    def buckets(self) -> list[torch.Tensor]:
+        """The flat tensors that are summed. Local."""
+        return self._reducer.flats
+
+    def residuals(self) -> list[torch.Tensor]:
+        """What an eight-bit wire has kept back of each bucket, over all ranks. Collective, between rounds."""
+        return self._reducer.residuals()
+
+    def load_residuals(self, flats: Sequence[torch.Tensor]) -> None:
+        """Go on from that. All ranks must, between rounds. Local."""
+        self._reducer.load_residuals(flats)
 
     def give_up(self) -> None:
         """Leave what is under way, since another rank has failed. Local."""

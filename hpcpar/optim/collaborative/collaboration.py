@@ -23,6 +23,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+import torch
+
 from hpcpar.comm import Alarm, Reducer, wait_for_peers
 from hpcpar.optim.collaborative.accumulation import Accumulation, Totals, plan_accumulation
 from hpcpar.optim.collaborative.averaging import Averaging
@@ -144,6 +146,20 @@ class Collaboration:
         with self._alarm.armed():
             while self._membership.has_joined:
                 self._advance_round(wait=True)
+
+    def residuals(self) -> list[torch.Tensor]:
+        """What an eight-bit wire has kept back of each parameter's sum, over all ranks. Collective."""
+        self.settle()
+        with self._alarm.armed():
+            return [view.clone() for view in self._accumulation.views_of(self._averaging.residuals())]
+
+    def load_residuals(self, residuals: Sequence[torch.Tensor]) -> None:
+        """Go on from that. Collective, does not wait."""
+        self.settle()
+        flats = [torch.zeros(flat.shape, dtype=flat.dtype) for flat in self._averaging.buckets]
+        for view, residual in zip(self._accumulation.views_of(flats), residuals, strict=True):
+            view.copy_(residual)
+        self._averaging.load_residuals(flats)
 
     def restart(self) -> None:
         """Go on with the replica's state, which was loaded from elsewhere. Local."""

@@ -35,6 +35,7 @@ from hpcpar.optim.collaborative.options import CollaborativeOptions, check_batch
 from hpcpar.optim.collaborative.progress import CollaborationState, TrainingState
 from hpcpar.optim.collaborative.replica import Replica, Scheduler, describe
 from hpcpar.optim.data_parallel import drop_gradients
+from hpcpar.optim.wrapped import WrappedOptimizer
 
 if TYPE_CHECKING:
     from hpcpar.comm import Communicator
@@ -45,7 +46,7 @@ _SUBJECT = "a CollaborativeOptimizer"
 _STATE = "collaborative"
 
 
-class CollaborativeOptimizer(torch.optim.Optimizer):
+class CollaborativeOptimizer(WrappedOptimizer):
     """Steps a torch optimizer whenever all ranks together have computed enough samples.
 
     Parameters
@@ -133,7 +134,6 @@ class CollaborativeOptimizer(torch.optim.Optimizer):
         wire_dtype: torch.dtype | None = None,
         transport: str = "auto",
     ) -> None:
-        # No super().__init__: groups, state and defaults are those of the wrapped optimizer.
         def check() -> CollaborativeOptions:
             if not isinstance(opt, torch.optim.Optimizer):
                 raise MismatchError(f"opt must be a torch optimizer, got {type(opt).__name__}")
@@ -154,7 +154,7 @@ class CollaborativeOptimizer(torch.optim.Optimizer):
             )
 
         self._options = agree([comm], _SUBJECT, check)
-        self.optimizer = opt
+        super().__init__(opt)
         self._replica = Replica(opt, scheduler)
         check_alike(comm, _SUBJECT, describe(self._replica, self._options.in_common()))
         self._replica.broadcast(comm)
@@ -303,6 +303,32 @@ class CollaborativeOptimizer(torch.optim.Optimizer):
                 self._replica.scheduler.load_state_dict(mine["scheduler"])
         self._collaboration.restart()
 
+    def residual_state(self) -> dict[int, torch.Tensor]:
+        """What ``wire_dtype=torch.int8`` has kept back of each trained parameter, by number. Collective.
+
+        To be saved beside :meth:`state_dict`, when all ranks are at the same step. It is the total of all
+        ranks, the same on each, and loads on any number of ranks. Empty for other types.
+        """
+        self._check_open()
+        if self._options.wire_dtype is not torch.int8:
+            return {}
+        return dict(enumerate(self._collaboration.residuals()))
+
+    def load_residual_state(self, state: dict[int, torch.Tensor]) -> None:
+        """Go on from what :meth:`residual_state` returned on these or other ranks. Collective.
+
+        Raises
+        ------
+        MismatchError
+            When it is of other parameters.
+        """
+        self._check_open()
+        shapes = {number: tuple(p.shape) for number, p in enumerate(self._replica.parameters)}
+        if state and {number: tuple(tensor.shape) for number, tensor in state.items()} != shapes:
+            raise MismatchError("residuals must have the shapes of the trained parameters, got others")
+        if state:
+            self._collaboration.load_residuals([state[number] for number in shapes])
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Not possible: accumulators are laid out when the optimizer is made.
 
@@ -315,32 +341,6 @@ class CollaborativeOptimizer(torch.optim.Optimizer):
             "parameters must be known when a CollaborativeOptimizer is made, got a group afterwards. Add it "
             "to the wrapped optimizer before"
         )
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """The groups of the wrapped optimizer. Local."""
-        return self.optimizer.param_groups
-
-    @property
-    def state(self) -> Any:  # type: ignore[override]
-        """The state of the wrapped optimizer. Local."""
-        return self.optimizer.state
-
-    @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
-        """The defaults of the wrapped optimizer. Local."""
-        return self.optimizer.defaults
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "optimizer":
-            raise AttributeError(name)
-        return getattr(self.optimizer, name)
-
-    def __reduce__(self) -> str:
-        raise TypeError("a CollaborativeOptimizer must not be pickled: it belongs to this process and job")
-
-    def __deepcopy__(self, memo: object) -> CollaborativeOptimizer:
-        raise TypeError("a CollaborativeOptimizer must not be copied: it belongs to this process and job")
 
     def __repr__(self) -> str:
         return f"CollaborativeOptimizer({self.optimizer!r}, step {self.local_step})"
