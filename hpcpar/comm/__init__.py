@@ -23,9 +23,11 @@ from hpcpar.comm.request import Request, wait_all
 from hpcpar.comm.tensor_spec import TensorSpec
 from hpcpar.comm.topology import NodeMap, ProcessGrid
 from hpcpar.comm.transport_choice import TransportKind
+from hpcpar.comm.wire import WIRE_DTYPES
 
 __all__ = [
     "MPI",
+    "WIRE_DTYPES",
     "Alarm",
     "BucketLayout",
     "Bulletin",

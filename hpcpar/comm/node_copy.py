@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["NodeCopy"]
 
-_ENTERED, _LEFT, _FLAGS = 0, 1, 2
+_ENTERED, _LEFT, _WORD, _FLAGS = 0, 1, 2, 3
 
 
 class NodeCopy:
@@ -90,8 +90,18 @@ class NodeCopy:
             return torch.empty(0, dtype=dtype)
         return torch.frombuffer(self._private, dtype=dtype, count=numel, offset=offset)
 
-    def enter(self) -> None:
+    def enter(self, word: int = 0) -> bool:
         """Wait until nobody reads any more; from now on each rank writes its own parts. Collective.
+
+        Parameters
+        ----------
+        word
+            Of 63 bits, to be compared: a digest of what all ranks must do alike.
+
+        Returns
+        -------
+        bool
+            Whether all ranks of this node that share the copy said the same word; the same on each.
 
         Raises
         ------
@@ -99,7 +109,11 @@ class NodeCopy:
             At the deadline, naming the ranks of this node that have not come.
         """
         self._step += 1
+        if not self.is_shared:
+            return True
+        self._board.raise_flag(_WORD, word)
         self._meet(_ENTERED, "the beginning of an update of shared tensors")
+        return all(self._board.read(rank, _WORD) == word for rank in range(self._comm.node.size))
 
     def leave(self) -> None:
         """Bring all parts together; from now on everybody reads. Collective.

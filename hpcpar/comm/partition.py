@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -104,7 +104,7 @@ def gather_parts(
     flats: Sequence[torch.Tensor],
     partitions: Sequence[Partition],
 ) -> None:
-    """Give every rank of ``group`` the parts of all its ranks, in one message. Collective.
+    """Give every rank of ``group`` the parts of all its ranks, a message for each tensor. Collective.
 
     Parameters
     ----------
@@ -119,22 +119,19 @@ def gather_parts(
     """
     if group.size == 1:
         return
-    parts = [
-        [
-            flat[slice(*partition.bounds[m])].view(torch.uint8)
-            for flat, partition in zip(flats, partitions, strict=True)
-        ]
-        for m in members
-    ]
-    counts = [sum(part.numel() for part in own) for own in parts]
-    gathered = torch.empty(sum(counts), dtype=torch.uint8)
-    group.Allgatherv(torch.cat([torch.empty(0, dtype=torch.uint8), *parts[group.rank]]), [gathered, counts])
-    sizes = [part.numel() for own in parts for part in own]
-    targets = [part for own in parts for part in own]
-    mine = range(group.rank * len(flats), (group.rank + 1) * len(flats))
-    for place, (target, part) in enumerate(zip(targets, torch.split(gathered, sizes), strict=True)):
-        if place not in mine:
-            target.copy_(part)
+    for flat, partition in zip(flats, partitions, strict=True):
+        parts = [flat[slice(*partition.bounds[member])].view(torch.uint8) for member in members]
+        counts = [part.numel() for part in parts]
+        gathered = torch.empty(sum(counts), dtype=torch.uint8)
+        group.Allgatherv(parts[group.rank], [gathered, counts])
+        for rank, (part, arrived) in enumerate(zip(parts, _split(gathered, counts), strict=True)):
+            if rank != group.rank:
+                part.copy_(arrived)
+
+
+def _split(tensor: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
+    edges = [0, *accumulate(sizes)]
+    return [tensor[start:end] for start, end in pairwise(edges)]
 
 
 def _places(sizes: Sequence[int], count: int) -> list[int]:

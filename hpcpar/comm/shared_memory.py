@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,7 +56,8 @@ class SharedWindow:
         info.Free()
         self._window.Lock_all(MPI.MODE_NOCHECK)
         self._segments = [self._window.Shared_query(rank)[0] for rank in range(node.size)]
-        self._rank = node.rank
+        self._rank, self._node = node.rank, node
+        self._references = self._count_references()
         own = torch.frombuffer(self._segments[node.rank], dtype=torch.uint8).zero_()
         self._pinned = pinned and page_lock(own)
         node.Barrier()
@@ -75,14 +77,25 @@ class SharedWindow:
         self._window.Sync()
 
     def free(self) -> None:
-        """Give the memory back; tensors on it must not be used any more. Collective."""
-        if self._window is not None:
-            if self._pinned:
-                page_unlock(torch.frombuffer(self._segments[self._rank], dtype=torch.uint8))
-            self._segments = []
+        """Give the memory back, unless a tensor of any rank is still on it: then it stays. Collective."""
+        if self._window is None:
+            return
+        stays = self._node.allreduce(self._is_in_use(), MPI.LOR)
+        if self._pinned:
+            page_unlock(torch.frombuffer(self._segments[self._rank], dtype=torch.uint8))
+        self._segments = []
+        if not stays:
             self._window.Unlock_all()
             self._window.Free()
-            self._window = None
+        self._window = None
+
+    def _is_in_use(self) -> bool:
+        """Whether there are tensors on it: each refers to the segment that it is on."""
+        pairs = zip(self._count_references(), self._references, strict=True)
+        return any(now > at_first for now, at_first in pairs)
+
+    def _count_references(self) -> list[int]:
+        return [sys.getrefcount(segment) for segment in self._segments]
 
     def _buffer(self, rank: int) -> Any:
         if self._window is None:

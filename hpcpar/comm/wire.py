@@ -24,7 +24,10 @@ from hpcpar.comm.wire_scatter import WireScatter
 if TYPE_CHECKING:
     from hpcpar.comm.communicator import Communicator
 
-__all__ = ["Wire"]
+__all__ = ["WIRE_DTYPES", "Wire"]
+
+WIRE_DTYPES = (None, torch.bfloat16, torch.float16, torch.int8)
+"""What may cross the network in place of a tensor's own type, for which stands ``None``."""
 
 
 class Wire:

@@ -22,18 +22,26 @@ Parts of the model that differ between ranks, such as experts, are left alone an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from hpcpar.comm import MPI, ReducerStats, broadcast_packed, world
+from hpcpar.comm import ReducerStats, broadcast_packed, world
 from hpcpar.errors import HpcparError, MismatchError
-from hpcpar.nn.gradient_reduction import GradientReduction, on_gradient, tensors_in
+from hpcpar.nn.gradient_reduction import GradientReduction, on_gradient
+from hpcpar.nn.joining import joined
 from hpcpar.nn.model_signature import check_same_model
-from hpcpar.nn.own_gradients import OwnGradients, own_gradient_modules, own_tensors
+from hpcpar.nn.module_facts import batch_size, hides_parameters
+from hpcpar.nn.overlapping_optimizer import OverlappingOptimizer
+from hpcpar.nn.own_gradients import (
+    OwnGradients,
+    own_gradient_modules,
+    replicated_buffers,
+    replicated_parameters,
+)
 from hpcpar.nn.reduction_options import ReductionOptions
 from hpcpar.nn.residual_state import load_residual_state, residual_state
 from hpcpar.nn.sparse_gradients import sparse_parameters
@@ -41,19 +49,9 @@ from hpcpar.nn.sparse_gradients import sparse_parameters
 if TYPE_CHECKING:
     from hpcpar.comm import Communicator
 
-__all__ = ["DataParallel", "OverlappingOptimizer"]
+__all__ = ["DataParallel"]
 
 _AVERAGES = ("ranks", "samples")
-
-
-class OverlappingOptimizer(Protocol):
-    """An optimizer that updates parameters when they are next read, as their gradients arrive."""
-
-    def attach(self, gradients: GradientReduction) -> None:
-        """Take over the waiting for the gradients of a model. Local."""
-
-    def finish(self) -> None:
-        """Wait for everything that is under way and apply it. Collective in effect."""
 
 
 class DataParallel(nn.Module):
@@ -160,7 +158,7 @@ class DataParallel(nn.Module):
             return self.module(*args, **kwargs)
         if self.training:
             self._prepare()
-        self._samples += _batch_size(args, kwargs)
+        self._samples += batch_size(args, kwargs)
         output = self.module(*args, **kwargs)
         if not self.training and not self._is_prepared:
             on_gradient(output, self._prepare)  # only backward tells that this is more than an evaluation
@@ -184,7 +182,11 @@ class DataParallel(nn.Module):
 
     @contextmanager
     def join(
-        self, average: str = "ranks", *, optimizer: torch.optim.Optimizer | None = None
+        self,
+        average: str = "ranks",
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+        step: Callable[[], object] | None = None,
     ) -> Iterator[None]:
         """Train on unequal numbers of batches: ranks that run out take part until the last has.
 
@@ -198,12 +200,18 @@ class DataParallel(nn.Module):
             Steps it with every step that this rank sits out, so that its state (momentum) stays equal on
             all ranks too. Without it, parameters and buffers of the rank that trained longest are broadcast
             at the end.
+        step
+            In place of ``optimizer``: what the training loop does after backward, such as clipping, a step,
+            that of a scheduler, ``zero_grad()``.
 
         Notes
         -----
         Collective: all ranks enter and leave.
         """
-        if self._scatter is not None and optimizer is None:
+        steps_along = step
+        if optimizer is not None and step is None:
+            steps_along = lambda: (optimizer.step(), optimizer.zero_grad())  # noqa: E731
+        if self._scatter is not None and steps_along is None:
             raise HpcparError(
                 "join() must be given the ShardedOptimizer, whose steps need all ranks: join(optimizer=...)"
             )
@@ -220,24 +228,23 @@ class DataParallel(nn.Module):
             yield
             return
         self._samples = 0
-        gradients.weight = self._take_samples if average == "samples" else lambda: 1.0
-        steps = gradients.reducer.step
-        try:
+        weight = self._take_samples if average == "samples" else lambda: 1.0
+        with joined(gradients, weight, self._finish_updates, steps_along, is_whole=step is not None) as root:
             yield
-            steps = gradients.reducer.step - steps
-            self._finish_updates()
-            while gradients.shadow_step():
-                if optimizer is not None:
-                    optimizer.step()
-                    optimizer.zero_grad()
-            comm = gradients.reducer.comm
-            _, root = comm.allreduce((steps, -comm.rank), MPI.MAX)
-            if optimizer is None:
-                self._broadcast_state(-root)
-            elif self._broadcast_buffers:
-                broadcast_packed(list(self._module_buffers().values()), comm, -root)
-        finally:
-            gradients.weight = None
+        if steps_along is None:
+            self._broadcast_state(root())
+        elif self._broadcast_buffers:
+            broadcast_packed(list(replicated_buffers(self.module).values()), gradients.reducer.comm, root())
+
+    @property
+    def comm(self) -> Communicator | None:
+        """The ranks it was given; ``None`` of a copy that has not trained yet. Local."""
+        return self._comm
+
+    def reduced_parameters(self) -> list[nn.Parameter]:
+        """The parameters that are trained now and whose gradients are averaged in buckets. Local."""
+        sparse = {id(parameter) for parameter in sparse_parameters(self.module)}
+        return [p for _, p in self._trained() if id(p) not in sparse]
 
     def scatter_gradients(self, cut: str | None) -> GradientReduction | None:
         """Leave each rank its part of the mean gradients only, for optimizers that want no more. Collective.
@@ -251,21 +258,26 @@ class DataParallel(nn.Module):
         -------
         GradientReduction or None
             Who owns which part, and where it is; ``None`` when there is nobody to share with.
+
+        Raises
+        ------
+        HpcparError
+            While another optimizer has the gradients.
         """
-        if self._optimizer is not None and cut is not None:
-            raise HpcparError(
-                "gradients must not be scattered while an optimizer overlaps the next forward. Make the "
-                "DataParallel without optimizer="
-            )
         if self._freed:
             return None
+        if cut is not None and (self._optimizer is not None or self._scatter is not None):
+            raise HpcparError(
+                "gradients of a DataParallel must go to one optimizer, got a ShardedOptimizer besides "
+                "another. free() the other one, or leave out optimizer="
+            )
+        before, self._scatter = self._scatter, cut
         self._prepare()
-        if self._gradients is None or (cut is None and not self._gradients.is_scattered):
-            return None
-        self._gradients.free()
-        self._scatter = cut
-        self._reduce_gradients()
-        return self._gradients
+        if self._gradients is None:
+            self._scatter = None
+        elif before != cut:
+            self._rebuild()
+        return None if cut is None else self._gradients
 
     def stats(self) -> ReducerStats:
         """Bytes, buckets, and seconds of communication of this rank so far. Local."""
@@ -357,16 +369,27 @@ class DataParallel(nn.Module):
         if not is_open and not self._is_prepared:
             if self._comm is None:
                 self._comm = world()
-            if self._scatter is not None:
+            if self._gradients is not None and self._gradients.is_scattered and self._scatter is not None:
                 raise HpcparError(
                     "requires_grad must stay as it is while a ShardedOptimizer holds the parameters. free() "
                     "the optimizer, and make it again afterwards"
                 )
             self._finish_updates()
-            if self._gradients is not None:
-                self._gradients.free()
             check_same_model(self.module, self._comm, self._agreed)
-            self._reduce_gradients()
+            self._rebuild()
+
+    def _rebuild(self) -> None:
+        """Make the reduction anew, with what an 8-bit wire has kept back so far. Collective."""
+        kept_back = residual_state(self.module, self._gradients)
+        if self._gradients is not None:
+            self._gradients.free()
+        self._reduce_gradients()
+        if kept_back:
+            load_residual_state(self.module, self._gradients, kept_back)
+
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        """The parameters that are reduced here, with their names."""
+        return [(name, p) for name, p in replicated_parameters(self.module) if p.requires_grad]
 
     def _reduce_gradients(self) -> None:
         """Make the reduction for the parameters that are trainable now. Collective."""
@@ -376,14 +399,14 @@ class DataParallel(nn.Module):
         for part in self._own:
             part.share_gradients(self._comm, average=True, options=self._options)
         self._apply_synchronize()
-        own = own_tensors(self.module)
-        named = [(n, p) for n, p in self.module.named_parameters() if p.requires_grad and id(p) not in own]
+        named = self._trained()
         if self._comm.size == 1 or not named:
             return
+        trained = {id(parameter) for _, parameter in named}
         self._gradients = GradientReduction(
             named,
-            [parameter for parameter in sparse_parameters(self.module) if id(parameter) not in own],
-            self._module_buffers if self._broadcast_buffers else dict,
+            [parameter for parameter in sparse_parameters(self.module) if id(parameter) in trained],
+            (lambda: replicated_buffers(self.module)) if self._broadcast_buffers else dict,
             self._comm,
             self._options,
             scatter=self._scatter,
@@ -395,12 +418,7 @@ class DataParallel(nn.Module):
 
     def _trainable_now(self) -> list[bool]:
         """Of the parameters that all ranks have; experts notice by themselves."""
-        own = own_tensors(self.module)
-        return [p.requires_grad for p in self.module.parameters() if id(p) not in own]
-
-    def _module_buffers(self) -> dict[str, torch.Tensor]:
-        own = own_tensors(self.module) if self._own else set()
-        return {name: buffer for name, buffer in self.module.named_buffers() if id(buffer) not in own}
+        return [parameter.requires_grad for _, parameter in replicated_parameters(self.module)]
 
     def _apply_synchronize(self) -> None:
         for part in self._own:
@@ -420,29 +438,11 @@ class DataParallel(nn.Module):
         """Copy the buffers that changed from the first rank; not while joining, when that may have left."""
         assert self._gradients is not None
         if changed and self._gradients.weight is None:
-            buffers = self._module_buffers()
+            buffers = replicated_buffers(self.module)
             broadcast_packed([buffers[name] for name in changed], self._gradients.reducer.scope, 0)
 
     def _broadcast_state(self, root: int) -> None:
         comm = self._comm if self._gradients is None else self._gradients.reducer.comm
         assert comm is not None
-        own = own_tensors(self.module)
-        tensors = (*self.module.parameters(), *self.module.buffers())
-        broadcast_packed([tensor for tensor in tensors if id(tensor) not in own], comm, root)
-
-
-def hides_parameters(module: nn.Module) -> bool:
-    """Whether scripted or compiled code reads parameters, which does not notice stale ones. Local."""
-    return any(
-        isinstance(m, torch.jit.ScriptModule)
-        or m._compiled_call_impl is not None
-        or "_orig_mod" in m._modules
-        for m in module.modules()
-    )
-
-
-def _batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Length of the first axis of the first tensor."""
-    for tensor in tensors_in([*args, *kwargs.values()]):
-        return tensor.shape[0] if tensor.dim() else 1
-    return 0
+        parameters = [parameter for _, parameter in replicated_parameters(self.module)]
+        broadcast_packed([*parameters, *replicated_buffers(self.module).values()], comm, root)

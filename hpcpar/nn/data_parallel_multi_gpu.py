@@ -14,7 +14,7 @@ is told which tensors replicas share, and switches ``within_node``. Between two 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -23,10 +23,11 @@ from torch import nn
 from hpcpar.comm import DeviceGroup, make_device_group, world
 from hpcpar.errors import HpcparError
 from hpcpar.nn.data_parallel import DataParallel
-from hpcpar.nn.own_gradients import own_gradient_modules
+from hpcpar.nn.own_gradients import own_gradient_modules, replicated_buffers
 
 if TYPE_CHECKING:
     from hpcpar.comm import Communicator, NodeMap
+    from hpcpar.nn.gradient_reduction import GradientReduction
 
 __all__ = ["DataParallelMultiGPU"]
 
@@ -100,6 +101,7 @@ class DataParallelMultiGPU(DataParallel):
 
     @within_node.setter
     def within_node(self, within_node: bool) -> None:
+        """Switch it, between steps. All ranks must. Local."""
         self._within_node = within_node
         if self._gradients is not None:
             self._gradients.within_node = within_node
@@ -111,12 +113,16 @@ class DataParallelMultiGPU(DataParallel):
 
     def replicated_tensors(self) -> dict[str, torch.Tensor]:
         """The parameters by name, and the buffers unless each rank keeps its own. Local."""
-        buffers = self._module_buffers() if self._broadcast_buffers else {}
+        buffers = replicated_buffers(self.module) if self._broadcast_buffers else {}
         return {**dict(self.module.named_parameters()), **buffers}
 
     @contextlib.contextmanager
     def join(
-        self, average: str = "ranks", *, optimizer: torch.optim.Optimizer | None = None
+        self,
+        average: str = "ranks",
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+        step: Callable[[], object] | None = None,
     ) -> Iterator[None]:
         """As in :class:`~hpcpar.nn.DataParallel`, on one node; between nodes steps must be equally many."""
         if self._node_map.num_nodes > 1:
@@ -124,8 +130,15 @@ class DataParallelMultiGPU(DataParallel):
                 f"join() of DataParallelMultiGPU must be used on one node, got {self._node_map.num_nodes}: "
                 "all nodes take part in the averages of parameters. Give every rank as many batches"
             )
-        with super().join(average, optimizer=optimizer):
+        with super().join(average, optimizer=optimizer, step=step):
             yield
+
+    def scatter_gradients(self, cut: str | None) -> GradientReduction | None:
+        """Refused: in cycling each node has all of its means."""
+        raise HpcparError(
+            "gradients of DataParallelMultiGPU must not be scattered, got a ShardedOptimizer. Use "
+            "hpcpar.nn.DataParallel with it"
+        )
 
     def free(self) -> None:
         """As in :class:`~hpcpar.nn.DataParallel`; what the optimizer has under way is merged. Collective."""

@@ -81,6 +81,8 @@ class GradientReduction:
     ----------
     synchronize : bool
         Whether the next backward reduces; otherwise it accumulates on this rank.
+    sits_out_with_steps_only : bool
+        Whether ranks that have run out of batches do nothing but steps, so that nobody may clip.
     within_node : bool
         Whether the next reduction is one of this node's ranks only; all of them must say the same.
 
@@ -111,6 +113,7 @@ class GradientReduction:
         self.synchronize = True
         self.ends_with_backward = True
         self.within_node = False
+        self.sits_out_with_steps_only = False
         self.weight: Callable[[], float] | None = None
         self.overlapped: Callable[[], None] | None = None
         self.before_begin: Callable[[], None] = lambda: None
@@ -250,13 +253,17 @@ class GradientReduction:
         """Remove the hooks, detach the gradients from the buckets, free the reducer. Collective."""
         for handle in self._handles:
             handle.remove()
+        self._detach()
+        self._views = []
+        self.reducer.free()
+
+    def _detach(self) -> None:
+        """Give gradients that lie in buckets memory of their own; no view may stay, or the buckets do."""
         for parameter, view in zip(self.parameters, self._views, strict=True):
             if isinstance(parameter.grad, ScatteredGradient):
                 parameter.grad = None
             elif parameter.grad is not None and parameter.grad.data_ptr() == view.data_ptr():
                 parameter.grad = parameter.grad.clone()
-        self._views = []
-        self.reducer.free()
 
     # Hooks -----------------------------------------------------------------------------------------------
 

@@ -18,7 +18,15 @@ if TYPE_CHECKING:
     from hpcpar.comm import Communicator
     from hpcpar.nn.reduction_options import ReductionOptions
 
-__all__ = ["InjectsLosses", "OwnGradients", "SpreadState", "own_gradient_modules", "own_tensors"]
+__all__ = [
+    "InjectsLosses",
+    "OwnGradients",
+    "SpreadState",
+    "own_gradient_modules",
+    "own_tensors",
+    "replicated_buffers",
+    "replicated_parameters",
+]
 
 
 @runtime_checkable
@@ -89,3 +97,15 @@ def own_tensors(module: nn.Module) -> set[int]:
         for part in own_gradient_modules(module)
         for tensor in (*part.own_parameters(), *part.own_buffers())
     }
+
+
+def replicated_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters that replicas have alike, with their names. Local."""
+    own = own_tensors(module)
+    return [(name, parameter) for name, parameter in module.named_parameters() if id(parameter) not in own]
+
+
+def replicated_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The buffers that replicas have alike, by name. Local."""
+    own = own_tensors(module)
+    return {name: buffer for name, buffer in module.named_buffers() if id(buffer) not in own}

@@ -6,14 +6,13 @@ from collections.abc import Sequence
 
 import torch
 
-from hpcpar.comm import TransportKind
+from hpcpar.comm import WIRE_DTYPES, TransportKind
 from hpcpar.errors import MismatchError
 from hpcpar.nn.progress_trial import PROGRESS_CHOICES
 
 __all__ = ["ReductionOptions"]
 
 _MIB = 1 << 20
-_WIRE_DTYPES = (None, torch.bfloat16, torch.float16, torch.int8)
 
 
 class ReductionOptions:
@@ -36,7 +35,7 @@ class ReductionOptions:
     ) -> None:
         _check_choice("transport", transport, [kind.value for kind in TransportKind])
         _check_choice("progress", progress, PROGRESS_CHOICES)
-        _check_choice("wire_dtype", wire_dtype, _WIRE_DTYPES)
+        _check_choice("wire_dtype", wire_dtype, WIRE_DTYPES)
         self.bucket_bytes = 0 if blocking else int((8.0 if bucket_mb is None else bucket_mb) * _MIB)
         self.blocking = blocking
         self.wire_dtype = wire_dtype

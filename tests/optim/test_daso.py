@@ -619,3 +619,56 @@ def test_ranks_with_other_options_are_refused(comm: Communicator) -> None:
 def test_it_is_not_pickled(comm: Communicator) -> None:
     with training(mlp(), comm) as (_, daso), pytest.raises(TypeError, match="state_dict"):
         pickle.dumps(daso)
+
+
+def test_an_unknown_scaler_is_refused_where_nodes_would_drift_apart(comm: Communicator) -> None:
+    with pretended_nodes(comm, 1) as nodes:
+        net = mlp(torch.float32)
+        daso = DASO(torch.optim.SGD(net.parameters(), lr=0.1), nodes, total_epochs=10)
+        model = DataParallelMultiGPU(net, daso, nodes)
+        scaler = torch.amp.GradScaler("cpu")
+        scaler.scale(model(torch.ones(2, FEATURES)).sum()).backward()
+        if nodes.num_nodes > 1:
+            with pytest.raises(HpcparError, match="add_scaler"):
+                scaler.step(daso)
+        model.free()
+        daso.free()
+
+
+def test_parameters_outside_of_the_model_are_refused(comm: Communicator) -> None:
+    net, weight = mlp(), nn.Parameter(torch.ones(()))
+    daso = DASO(torch.optim.SGD([*net.parameters(), weight], lr=0.1), comm, total_epochs=10)
+    with pytest.raises(MismatchError, match="a part of the module"):
+        DataParallelMultiGPU(net, daso, comm)
+
+
+def test_a_model_goes_on_over_all_ranks_after_daso_is_freed(comm: Communicator) -> None:
+    with pretended_nodes(comm, 1) as nodes:
+        net = mlp()
+        options = {"warmup_epochs": 0, "cooldown_epochs": 0}
+        daso = DASO(torch.optim.SGD(net.parameters(), lr=0.1), nodes, total_epochs=10, **options)
+        model = DataParallelMultiGPU(net, daso, nodes)
+        for x, y in make_batches(comm, 2):
+            daso.zero_grad()
+            loss_of(model, *local_part(comm, x, y)).backward()
+            daso.step()
+        daso.free()
+        with pytest.raises(HpcparError, match="after free"):
+            daso.step()
+        assert_replicas_equal(comm, net.parameters())
+        net.zero_grad()
+        loss_of(model, *local_part(comm, *make_batches(comm, 1)[0])).backward()
+        assert_replicas_equal(comm, [p.grad for p in net.parameters() if p.grad is not None])
+        model.free()
+
+
+def test_ranks_with_another_last_batch_are_told(comm: Communicator) -> None:
+    net = mlp()
+    daso = DASO(torch.optim.SGD(net.parameters(), lr=0.1), comm, total_epochs=10)
+    model = DataParallelMultiGPU(net, daso, comm)
+    daso.last_batch = 3 + (comm.rank == comm.size - 1)
+    if comm.size > 1:
+        with pytest.raises(MismatchError, match="last_batch"):
+            daso.epoch_loss_logic(1.0)
+    model.free()
+    daso.free()

@@ -83,6 +83,7 @@ class _Count:
     on_host: bool
 
     def restore(self, parameter: torch.Tensor) -> Any:
+        """A copy for the state of a parameter. Local."""
         if not isinstance(self.value, torch.Tensor):
             return self.value
         return self.value.clone() if self.on_host else self.value.to(parameter.device, copy=True)

@@ -23,48 +23,25 @@ average. On a single node there is nothing to exchange, and every phase is plain
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hpcpar.comm import ReducerStats, check_alike, threads_allowed, world
-from hpcpar.errors import HpcparError, MismatchError
+from hpcpar.comm import WIRE_DTYPES, ReducerStats, check_alike, threads_allowed, world
+from hpcpar.errors import CommunicatorFreedError, HpcparError, MismatchError
 from hpcpar.optim.daso.delayed_average import DelayedAverage
 from hpcpar.optim.daso.exact_average import average_exactly, average_state
+from hpcpar.optim.daso.node_model import GradScalerLike, NodeModel
 from hpcpar.optim.daso.schedule import Phase, ScheduleOptions, SkipSchedule
 from hpcpar.optim.wrapped import WrappedOptimizer
 
 if TYPE_CHECKING:
-    from hpcpar.comm import Communicator, NodeMap
+    from hpcpar.comm import Communicator
 
-__all__ = ["DASO", "NodeModel"]
+__all__ = ["DASO"]
 
 _PROGRESS_CHOICES = ("auto", "hooks", "thread")
-_WIRE_DTYPES = (None, torch.bfloat16, torch.float16, torch.int8)
 _NO_STATS = ReducerStats(0, 0, 0, 0.0, 0.0, "none")
-
-
-class NodeModel(Protocol):
-    """A model whose gradients are averaged over all ranks, or those of this node."""
-
-    within_node: bool
-
-    @property
-    def node_map(self) -> NodeMap:
-        """Which ranks are on which node."""
-
-    def replicated_tensors(self) -> dict[str, torch.Tensor]:
-        """The parameters and the buffers of which replicas hold the same values, by name."""
-
-
-class GradScalerLike(Protocol):
-    """A ``torch.amp.GradScaler``."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Scale and counts."""
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take them."""
 
 
 class DASO(WrappedOptimizer):
@@ -153,8 +130,13 @@ class DASO(WrappedOptimizer):
         patience: int = 2,
         progress: str = "auto",
     ) -> None:
+        if isinstance(local_optimizer, WrappedOptimizer):
+            raise TypeError(
+                "the local optimizer of DASO must be one of torch's kind that steps on its own, got "
+                f"{type(local_optimizer).__name__}, whose steps are those of many ranks"
+            )
         super().__init__(local_optimizer)
-        _check_choice("wire_dtype", wire_dtype, _WIRE_DTYPES)
+        _check_choice("wire_dtype", wire_dtype, WIRE_DTYPES)
         _check_choice("progress", progress, _PROGRESS_CHOICES)
         options = ScheduleOptions(
             total_epochs,
@@ -197,6 +179,12 @@ class DASO(WrappedOptimizer):
                 f"DASO and its model must be made with the same ranks, got nodes {self._comm.node_map.nodes} "
                 f"and {model.node_map.nodes}"
             )
+        known = {id(tensor) for tensor in model.replicated_tensors().values()}
+        if any(id(p) not in known for group in self.param_groups for p in group["params"] if p.requires_grad):
+            raise MismatchError(
+                "the parameters of DASO must be those of its model, which are averaged between nodes, got "
+                "others too. Make them a part of the module"
+            )
         if self.phase is Phase.CYCLING:
             self.synchronize()  # nodes had parameters of their own, and begin anew from common ones
         self._free_average()
@@ -234,6 +222,12 @@ class DASO(WrappedOptimizer):
         """The local step, unless this node's gradients have overflowed."""
         # Set by a GradScaler for the time of this call; not looked up in the wrapped optimizer.
         scale, found_inf = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
+        is_scaled = scale is not None or found_inf is not None
+        if is_scaled and self._scaler is None and self._comm.num_nodes > 1:
+            raise HpcparError(
+                "a GradScaler must be given to DASO before it steps, since nodes have scales of their own in "
+                "cycling, got one that is unknown. Call add_scaler(scaler)"
+            )
         if found_inf is not None and float(found_inf) > 0.0:
             return None
         if scale is not None:
@@ -271,8 +265,15 @@ class DASO(WrappedOptimizer):
         loss_globally_averaged
             Whether it is the mean over all ranks already; else that is taken here.
         """
-        value = float(loss)
-        mean = self._comm.bcast(value, 0) if loss_globally_averaged else self._mean(value)
+        everyone = self._comm.allgather((float(loss), self.last_batch))
+        if len({last_batch for _, last_batch in everyone}) > 1:
+            raise MismatchError(
+                f"last_batch must be the same on all ranks, got {[last for _, last in everyone]}. Give every "
+                "rank as many batches"
+            )
+        # Summed by every rank in the same order, so that all decide alike.
+        losses = [value for value, _ in everyone]
+        mean = losses[0] if loss_globally_averaged else sum(losses) / len(losses)
         before = self.phase
         self._schedule.end_epoch(mean)
         if self.last_batch is not None:
@@ -284,11 +285,6 @@ class DASO(WrappedOptimizer):
             self.scheduler.step(mean)
         elif self.scheduler is not None:
             self.scheduler.step()
-
-    def _mean(self, value: float) -> float:
-        """Summed by every rank in the same order, so that all decide alike."""
-        values: list[float] = self._comm.allgather(value)
-        return sum(values) / len(values)
 
     def _enter_phase(self) -> None:
         """Set the model and the average to the phase. Replicas are equal now, or the phase is the same."""
@@ -331,7 +327,16 @@ class DASO(WrappedOptimizer):
             self._scaler.load_state_dict(self._comm.bcast(self._scaler.state_dict(), 0))
 
     def free(self) -> None:
-        """Give memory and communicators back; a second call is fine. Collective."""
+        """Give memory and communicators back; a second call is fine. Collective.
+
+        In cycling the nodes become one model first. The model goes on as any data-parallel one.
+        """
+        if self._comm.is_freed:
+            return
+        if self._model is not None:
+            if self.phase is Phase.CYCLING:
+                self.synchronize()
+            self._model.within_node = False
         self._free_average()
         self._model = None
         self._comm.Free()
@@ -399,6 +404,8 @@ class DASO(WrappedOptimizer):
         self._enter_phase()
 
     def _check_model(self) -> NodeModel:
+        if self._comm.is_freed:
+            raise CommunicatorFreedError("DASO must not be used after free()")
         if self._model is None:
             raise HpcparError(
                 "DASO must be given a model before it steps, got none. Wrap the module: "

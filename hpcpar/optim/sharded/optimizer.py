@@ -1,7 +1,7 @@
 """An optimizer whose state is split over the ranks, each of which updates its part of the parameters.
 
 Data parallelism keeps the same parameters and the same optimizer state on every rank, and each rank computes
-the same update. Here it is done once (ZeRO, stage 2; Rajbhandari et al. 2020)::
+the same update. Here it is done once (in the spirit of ZeRO; Rajbhandari et al. 2020)::
 
     gradients     backward leaves each rank the mean of its part only          reduce-scatter
     state         each rank holds that of its part, and updates its part
@@ -9,7 +9,8 @@ the same update. Here it is done once (ZeRO, stage 2; Rajbhandari et al. 2020)::
                   nodes arrive over the rails                                  the rails only
 
 So of *p* ranks on one node each holds 1/p of the state and 1/p of the parameters, computes 1/p of the
-update, and nothing is gathered at all.
+update, and nothing is gathered at all. Buckets of gradients stay whole on every rank: they are what the sum
+is made of.
 
 Who may touch the parameters now: see :mod:`hpcpar.comm.node_copy`. ``step`` waits until every rank of the
 node has called it, for as long as one may still read parameters; afterwards all see the new ones.
@@ -27,13 +28,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from hpcpar.comm import MPI, Alarm, broadcast_packed, check_alike, world
+from hpcpar.comm import MPI, Alarm, agree, broadcast_packed, check_alike, world
 from hpcpar.errors import CheckpointError, CommunicatorFreedError, HpcparError, MismatchError
+from hpcpar.optim.sharded.checks import check_model, check_routes, check_whole_rows
 from hpcpar.optim.sharded.gradient_parts import GradientParts, SelfReducedGradients
 from hpcpar.optim.sharded.residuals import load_residuals, residuals
 from hpcpar.optim.sharded.shards import Shards
-from hpcpar.optim.sharded.splitting import choose_cut, describe, parameter_groups
-from hpcpar.optim.sharded.state import MASTER, check_shapes, cut_state, whole_state
+from hpcpar.optim.sharded.splitting import (
+    choose_cut,
+    describe,
+    digest,
+    parameter_groups,
+)
+from hpcpar.optim.sharded.state import check_shapes, load_state, whole_state
 from hpcpar.optim.sharded.verdict import Verdict
 from hpcpar.optim.wrapped import WrappedOptimizer
 
@@ -54,7 +61,7 @@ class ShardedOptimizer(WrappedOptimizer):
     optimizer_class
         Of torch's optimizers or another, such as ``torch.optim.AdamW``.
     comm
-        The ranks, ``hpcpar.comm.world()`` by default; those of the model.
+        The ranks; by default those of the ``DataParallel``, else ``hpcpar.comm.world()``.
     parameters
         With a model: the parameters to train, or groups of them. All by default.
     cut
@@ -81,7 +88,8 @@ class ShardedOptimizer(WrappedOptimizer):
     Notes
     -----
     Parameters start as rank 0's, and live in memory that the node shares until :meth:`free`. Outside
-    ``step()`` they must be changed on all ranks alike, as ``load_state_dict`` of a model does.
+    ``step()`` they are for reading. All ranks may overwrite them with the same values, as
+    ``load_state_dict`` of a model does; other changes belong into :meth:`changing_parameters`.
 
     After backward ``.grad`` only says whether there is a gradient; :meth:`clip_grad_norm_` clips. Parameters
     of 16 bits are updated by way of float32 masters. A ``GradScaler`` and learning-rate schedulers take this
@@ -111,15 +119,18 @@ class ShardedOptimizer(WrappedOptimizer):
     ) -> None:
         self._cut = choose_cut(optimizer_class, cut)
         model = params_or_model if isinstance(params_or_model, nn.Module) else None
+        self._model: Any = model if hasattr(model, "scatter_gradients") else None
         given = parameters if parameters is not None else params_or_model
         self._groups = parameter_groups(given.parameters() if isinstance(given, nn.Module) else given)
-        self._comm = (world() if comm is None else comm).Dup()
-        name = optimizer_class.__name__
-        facts = [name, self._cut, *describe([{"params": [], **kwargs}, *self._groups])]
-        check_alike(self._comm, "a ShardedOptimizer", facts)
-        everything = [p for group in self._groups for p in group["params"]]
-        trainable = [p for p in everything if p.requires_grad]
-        self._model: Any = model if hasattr(model, "scatter_gradients") else None
+        ranks: Any = comm if comm is not None or self._model is None else self._model.comm
+        self._comm = (world() if ranks is None else ranks).Dup()
+        try:
+            self._agree_on(optimizer_class, kwargs, (wire_dtype, transport))
+            check_whole_rows(model, shared=shared)
+        except Exception:  # on every rank
+            self._comm.Free()
+            raise
+        trainable = [p for group in self._groups for p in group["params"] if p.requires_grad]
         self._reduction: SelfReducedGradients | None = None
         parts = self._scattered(trainable)
         if parts is None:
@@ -127,13 +138,14 @@ class ShardedOptimizer(WrappedOptimizer):
                 trainable, self._comm, self._cut, wire_dtype=wire_dtype, transport=transport
             )
         self._parts: GradientParts = parts
-        broadcast_packed(everything, self._comm, 0)
+        broadcast_packed([p for group in self._groups for p in group["params"]], self._comm, 0)
         self._shards = Shards(parts, self._comm, whole=self._cut == "tensors", shared=shared)
         self._alarm = Alarm([self._comm])
         self._verdict = Verdict(self._judge)
         super().__init__(optimizer_class(self._shard_groups(), **kwargs))
         self.param_groups[0]["params"].insert(0, self._verdict)
-        self._seen: list[object] | None = None
+        self._seen: list[tuple[torch.Tensor | None, int]] | None = None
+        self._finite: bool | None = None
 
     # Training --------------------------------------------------------------------------------------------
 
@@ -150,13 +162,14 @@ class ShardedOptimizer(WrappedOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._check_gradients()
         with self._failing_together():
             self._settle()
             if not self._has_overflowed():
                 with self._verdict.aside(self.param_groups[0]["params"]):
-                    self._shards.update(self.optimizer.step)
+                    self._shards.update(self.optimizer.step, digest(self.param_groups))
         self._shards.unbind()
-        self._seen = None
+        self._seen = self._finite = None
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -168,7 +181,7 @@ class ShardedOptimizer(WrappedOptimizer):
                     parameter.grad = None  # what is spread over the ranks cannot be zeroed
                 elif gradient is not None:
                     gradient.requires_grad_(False).zero_()
-        self._seen = None
+        self._seen = self._finite = None
 
     def clip_grad_norm_(
         self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
@@ -180,7 +193,7 @@ class ShardedOptimizer(WrappedOptimizer):
         max_norm
             Of the vector of all gradients.
         norm_type
-            The p of the norm; ``inf`` for the largest element.
+            The p of the norm, positive; ``inf`` for the largest element.
         error_if_nonfinite
             Raise when the norm is infinite or NaN, on all ranks.
 
@@ -190,6 +203,10 @@ class ShardedOptimizer(WrappedOptimizer):
             The norm before, float64 of no dimension, the same on every rank.
         """
         self._check_alive()
+        if not norm_type > 0.0:
+            raise MismatchError(f"norm_type of clip_grad_norm_ must be positive, got {norm_type!r}")
+        self._check_gradients()
+        self._check_not_sitting_out("clip_grad_norm_()")
         with self._failing_together():
             self._settle()
             norm = self._norm(float(norm_type))
@@ -200,6 +217,20 @@ class ShardedOptimizer(WrappedOptimizer):
             for gradient in self._gradients():
                 gradient.mul_(factor)
         return norm
+
+    @contextmanager
+    def changing_parameters(self) -> Iterator[None]:
+        """Let every rank change the parameters as if it were alone, and alike. Collective.
+
+        Inside the block each rank has a copy of its own; at its end they become one again. For whatever
+        is more than to overwrite them with the same values: decay by hand, averages of weights that are
+        swapped in and out, ``.data`` that is replaced.
+        """
+        self._check_alive()
+        self._shards.let_go()
+        with self._failing_together():
+            yield
+            self._shards.take_over()
 
     # State -----------------------------------------------------------------------------------------------
 
@@ -212,6 +243,7 @@ class ShardedOptimizer(WrappedOptimizer):
         """
         self._check_alive()
         with self._failing_together():
+            check_alike(self._comm, "the options of a ShardedOptimizer", [str(digest(self.param_groups))])
             states = whole_state(self._shards.own, self.optimizer.state, self._parts, self._comm)
             kept_back = residuals(self._parts)
         everything = [p for group in self._groups for p in group["params"]]
@@ -253,32 +285,12 @@ class ShardedOptimizer(WrappedOptimizer):
         known = {id(p): state_dict["state"].get(n) for n, p in zip(numbers, everything, strict=True)}
         for parameter in everything if self._cut == "anywhere" else ():
             check_shapes(parameter, known[id(parameter)] or {})
-        self._shards.refresh_masters()
-        self._load(known, groups)
+        load_state(self.optimizer, self._shards.own, self._parts, known, groups)
         number_of = {id(p): number for number, p in zip(numbers, everything, strict=True)}
-        kept_back = state_dict.get("residuals", {})
-        places = [(index, number_of[id(p)]) for index, p in enumerate(self._parts.parameters)]
-        load_residuals(self._parts, {index: kept_back[n] for index, n in places if n in kept_back})
-
-    def _load(self, known: dict[int, Any], groups: list[dict[str, Any]]) -> None:
-        inner = self.optimizer.state_dict()
-        state: dict[int, Any] = {}
-        values = [value for group in self.optimizer.param_groups for value in group["params"]]
-        number_of = {id(value): number for number, value in enumerate(values)}
-        for shard in self._shards.own:
-            parameter = self._parts.parameters[shard.slot.index]
-            whole = known.get(id(parameter))
-            if whole is None:
-                continue
-            own = cut_state(shard, parameter, whole)
-            master = own.pop(MASTER, None)
-            if master is not None and shard.is_master:
-                with torch.no_grad():
-                    shard.value.copy_(master)
-            state[number_of[id(shard.value)]] = own
-        for own_group, group in zip(inner["param_groups"], groups, strict=True):
-            own_group.update({name: value for name, value in group.items() if name != "params"})
-        self.optimizer.load_state_dict({"state": state, "param_groups": inner["param_groups"]})
+        if "residuals" in state_dict:
+            kept_back = state_dict["residuals"]
+            places = [(index, number_of[id(p)]) for index, p in enumerate(self._parts.parameters)]
+            load_residuals(self._parts, {index: kept_back[n] for index, n in places if n in kept_back})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused: which rank owns what is decided once, for all parameters."""
@@ -291,6 +303,9 @@ class ShardedOptimizer(WrappedOptimizer):
         if self._comm.is_freed:
             return
         self._comm.Barrier()
+        for group in self.param_groups:
+            group["params"].clear()  # they lie in what is about to be freed
+        self.optimizer.state.clear()
         self._shards.free()
         if self._reduction is not None:
             self._reduction.free()
@@ -309,24 +324,26 @@ class ShardedOptimizer(WrappedOptimizer):
 
     # Parts -----------------------------------------------------------------------------------------------
 
+    def _agree_on(self, kind: Any, options: dict[str, Any], routes: tuple[Any, str]) -> None:
+        """Whether all ranks are given what can be used, and the same, before anything is changed."""
+
+        def check() -> None:
+            kind([dict(group) for group in self._groups], **options)  # its own checks of the options
+            check_routes(*routes, reduces_itself=self._model is not None and routes != (None, "auto"))
+            if self._model is not None:
+                check_model(self._model, self._groups, self._comm)
+
+        agree([self._comm], "a ShardedOptimizer", check)
+        facts = [kind.__name__, self._cut, *map(str, routes)]
+        facts += describe([{"params": [], **options}, *self._groups])
+        check_alike(self._comm, "a ShardedOptimizer", facts)
+
     def _scattered(self, trainable: list[nn.Parameter]) -> GradientParts | None:
         """The parts of a model that scatters its gradients itself, if this is for all that it reduces."""
-        if self._model is None:
+        if self._model is None or len(trainable) < len(self._model.reduced_parameters()):
             return None
         parts: GradientParts | None = self._model.scatter_gradients(self._cut)
-        if parts is None:
-            return None
-        reduced, mine = {id(p) for p in parts.parameters}, {id(p) for p in trainable}
-        if reduced == mine:
-            return parts
-        self._model.scatter_gradients(None)
-        if mine - reduced:
-            raise MismatchError(
-                "a ShardedOptimizer must have parameters that are the same on all ranks, with dense "
-                f"gradients, got {len(mine - reduced)} that are of experts or sparse. Leave them out by "
-                "parameters=, and give them an optimizer of their own"
-            )
-        return None
+        return parts
 
     def _shard_groups(self) -> list[dict[str, Any]]:
         return [
@@ -336,24 +353,39 @@ class ShardedOptimizer(WrappedOptimizer):
 
     def _settle(self) -> None:
         """Have this step's gradients reduced, and the shards given theirs. Collective without a model."""
-        now = [_fingerprint(parameter) for parameter in self._parts.parameters]
-        if self._seen == now:
+        now = [_seen(parameter) for parameter in self._parts.parameters]
+        if not self._has_news(now):
             return
         if self._reduction is not None:
             used = self._reduction.reduce()
         else:
-            self._check_reduced()
             used = [parameter.grad is not None for parameter in self._parts.parameters]
         self._shards.bind(used.__getitem__)
-        self._seen = now
+        self._seen, self._finite = now, None
 
-    def _check_reduced(self) -> None:
-        for parameter in self._parts.parameters:
+    def _has_news(self, now: list[tuple[torch.Tensor | None, int]]) -> bool:
+        """Whether gradients have changed since they were settled; the same on all ranks."""
+        if self._seen is None:
+            return True
+        changed = any(a is not b or m != n for (a, m), (b, n) in zip(self._seen, now, strict=True))
+        return changed if self._reduction is None else bool(self._comm.allreduce(changed, MPI.LOR))
+
+    def _check_gradients(self) -> None:
+        """Before other ranks are involved: are things as they must be for a step?"""
+        self._shards.check()
+        for parameter in self._parts.parameters if self._reduction is None else ():
             if type(parameter.grad) is torch.Tensor:
                 raise HpcparError(
                     "step() must follow a backward in which the model reduced its gradients, got one of this "
                     "rank only. The last backward of an accumulation must be outside of no_sync()"
                 )
+
+    def _check_not_sitting_out(self, what: str) -> None:
+        if getattr(self._parts, "sits_out_with_steps_only", False):
+            raise HpcparError(
+                f"{what} must be done by ranks that have run out of batches, too, got join(optimizer=...). "
+                "Use join(step=...) with all that follows a backward"
+            )
 
     def _gradients(self) -> list[torch.Tensor]:
         return [shard.value.grad for shard in self._shards.own if shard.value.grad is not None]
@@ -374,13 +406,16 @@ class ShardedOptimizer(WrappedOptimizer):
         return powers ** (1.0 / kind)
 
     def _judge(self) -> bool:
-        """Whether the gradients of all ranks are finite. Collective."""
+        """Whether the gradients of all ranks are finite. Collective when they are new."""
+        self._check_gradients()
+        self._check_not_sitting_out("the step of a GradScaler")
         with self._failing_together():
             self._settle()
-            norms = [torch.linalg.vector_norm(g, float("inf")) for g in self._gradients()]
-            overflow = torch.tensor([float(not all(bool(norm.isfinite()) for norm in norms))])
-            self._comm.Allreduce(MPI.IN_PLACE, overflow, MPI.MAX)
-        return not bool(overflow)
+            if self._finite is None:
+                norms = [torch.linalg.vector_norm(g, float("inf")) for g in self._gradients()]
+                fine = all(bool(norm.isfinite()) for norm in norms)
+                self._finite = bool(self._comm.allreduce(fine, MPI.LAND))
+        return self._finite
 
     def _has_overflowed(self) -> bool:
         """What a GradScaler has found; then all skip the step. Undoes its scale otherwise. Local."""
@@ -407,7 +442,7 @@ class ShardedOptimizer(WrappedOptimizer):
             raise CommunicatorFreedError("a ShardedOptimizer must not be used after free()")
 
 
-def _fingerprint(parameter: nn.Parameter) -> object:
-    """Changes when a parameter gets another gradient, or its gradient another value."""
+def _seen(parameter: nn.Parameter) -> tuple[torch.Tensor | None, int]:
+    """The gradient itself, since another may get its address, and how often it was changed."""
     gradient = parameter.grad
-    return None if gradient is None else (id(gradient), gradient._version)
+    return gradient, -1 if gradient is None else gradient._version

@@ -10,7 +10,11 @@ A shard in a type of 32 bits or more *is* its stretch of the node copy, which th
 One in a narrower type has a master of float32, updated with float32 gradients and rounded into the copy.
 Parameters on a GPU stay where they are: the copy on the host only carries new values between ranks.
 
-Invariant: parameters are written between ``enter`` and ``leave`` of the copy only, each element by its owner.
+Invariants:
+
+* Parameters are written between ``enter`` and ``leave`` of the copy only, each element by its owner.
+* A parameter that has been given other memory, or another type, is noticed before the next update.
+* A master rounds to its parameter; where something else has changed that, the parameter counts.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ import torch
 from torch import nn
 
 from hpcpar.comm import NodeCopy, Slot, view_slot
+from hpcpar.errors import HpcparError, MismatchError
 from hpcpar.optim.sharded.gradient_parts import GradientParts
 
 if TYPE_CHECKING:
@@ -87,8 +92,11 @@ class Shards:
         self._stretches = [
             (bucket, slot) for bucket, layout in enumerate(gradients.layouts) for slot in layout.slots
         ]
+        self._rank = comm.rank
+        self._places: list[tuple[int, ...]] = []
+        self._versions: list[int] = []
         self._make_dense()
-        self._fill(comm.rank)
+        self.take_over()
         self.own = [
             self._shard(bucket, slot, start, end)
             for bucket, slot in self._stretches
@@ -106,6 +114,23 @@ class Shards:
         order = {id(parameter): place for place, parameter in enumerate(parameters)}
         chosen = [shard for shard in self.own if id(self._parameter(shard.slot)) in order]
         return sorted(chosen, key=lambda shard: order[id(self._parameter(shard.slot))])
+
+    def check(self) -> None:
+        """Whether the parameters are where they were put. Local.
+
+        Raises
+        ------
+        HpcparError
+            Names the shape of one that is not.
+        """
+        for (_, slot), place in zip(self._stretches, self._places, strict=True):
+            parameter = self._parameter(slot)
+            if _place_of(parameter) != place:
+                raise HpcparError(
+                    f"a parameter of shape {tuple(parameter.shape)} must keep the memory that the "
+                    "ShardedOptimizer gave it, got another. Change parameters inside "
+                    "`with optimizer.changing_parameters():`"
+                )
 
     def bind(self, has_gradient: Callable[[int], bool]) -> None:
         """Give the shards the gradients of this step. Local.
@@ -129,9 +154,27 @@ class Shards:
         for shard in self.own:
             shard.value.grad = None
 
-    def update(self, step: Callable[[], object]) -> None:
-        """Let ``step`` change the shards' values, and everybody see them. Collective."""
-        self._copy.enter()
+    def update(self, step: Callable[[], object], options: int) -> None:
+        """Let ``step`` change the shards' values, and everybody see them. Collective.
+
+        Parameters
+        ----------
+        step
+            Of this rank's part.
+        options
+            A digest of those that it steps with.
+
+        Raises
+        ------
+        MismatchError
+            When ranks of this node have different options.
+        """
+        self._refresh_masters()
+        if not self._copy.enter(options):
+            raise MismatchError(
+                "the options of a ShardedOptimizer, such as the learning rate, must be the same on all "
+                "ranks, got others on a rank of this node. Does each rank step its scheduler alike?"
+            )
         step()
         with torch.no_grad():
             for shard in self.own:
@@ -142,20 +185,18 @@ class Shards:
         self._copy.leave()
         self._receive()
 
-    def refresh_masters(self) -> None:
-        """Take the parameters' values for the masters', after something else has changed them. Local."""
-        for shard in self.own:
-            if shard.is_master:
-                shard.value.copy_(self._in_target(shard))
+    def let_go(self) -> None:
+        """Give the parameters memory of their own, which each rank may change. Local."""
+        for (bucket, slot), place in zip(self._stretches, self._places, strict=True):
+            parameter = self._parameter(slot)
+            if self._on_host[bucket] and _place_of(parameter) == place:
+                parameter.data = parameter.detach().clone()
 
     def free(self) -> None:
-        """Give the parameters memory of their own again. Collective."""
-        for bucket, slot in self._stretches:
-            if self._on_host[bucket]:
-                parameter = self._parameter(slot)
-                parameter.data = parameter.detach().clone()
-        self._copy.free()
+        """Give the parameters memory of their own for good. Collective."""
+        self.let_go()
         self.own = []
+        self._copy.free()
 
     def _in_target(self, shard: Shard) -> torch.Tensor:
         return shard.shaped(shard.target, self._parameter(shard.slot))
@@ -171,11 +212,11 @@ class Shards:
                 flat = _flat_values(parameter, slot)
                 parameter.data = view_slot(flat, Slot(slot.index, 0, slot.length), parameter)
 
-    def _fill(self, rank: int) -> None:
-        """Bring the parameters into the copy; each rank its own part, since all have the same values."""
+    def take_over(self) -> None:
+        """Bring the parameters into the copy; each rank its own part, since all have the same. Collective."""
         self._copy.enter()
         for bucket, slot in self._stretches:
-            start, end = _overlap(slot, self._gradients.partitions[bucket].bounds[rank])
+            start, end = _overlap(slot, self._gradients.partitions[bucket].bounds[self._rank])
             if start < end:
                 flat = _flat_values(self._parameter(slot), slot)
                 self._copy.flats[bucket][start:end].copy_(flat[start - slot.offset : end - slot.offset])
@@ -185,6 +226,17 @@ class Shards:
                 parameter = self._parameter(slot)
                 own_storage = self._copy.tensor(bucket, slot.offset, slot.length)
                 parameter.data = view_slot(own_storage, Slot(slot.index, 0, slot.length), parameter)
+        self._places = [_place_of(self._parameter(slot)) for _, slot in self._stretches]
+
+    def _refresh_masters(self) -> None:
+        """Where something else has changed a parameter since the last update, its master follows."""
+        now = [self._parameter(slot)._version for _, slot in self._stretches]
+        if now != self._versions:
+            for shard in self.own:
+                if shard.is_master:
+                    target = self._in_target(shard)
+                    differs = shard.value.to(target.dtype) != target
+                    shard.value[differs] = target[differs].to(shard.value.dtype)
 
     def _shard(self, bucket: int, slot: Slot, start: int, end: int) -> Shard:
         parameter = self._parameter(slot)
@@ -209,6 +261,12 @@ class Shards:
                     flat = self._copy.flats[bucket][slot.offset : slot.offset + slot.length]
                     _memory_of(parameter).copy_(flat)
         torch.autograd.graph.increment_version(changed)
+        self._versions = [self._parameter(slot)._version for _, slot in self._stretches]
+
+
+def _place_of(parameter: nn.Parameter) -> tuple[int, ...]:
+    """Address, type and strides of what a parameter refers to."""
+    return parameter.data_ptr(), hash(parameter.dtype), *parameter.stride()
 
 
 def _overlap(slot: Slot, part: tuple[int, int]) -> tuple[int, int]:

@@ -7,6 +7,7 @@ columns, its norm, its matrix), and must get it whole. Some look at all tensors 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import nn
 
 from hpcpar.errors import HpcparError, MismatchError
 
-__all__ = ["choose_cut", "describe", "parameter_groups"]
+__all__ = ["choose_cut", "describe", "digest", "parameter_groups"]
 
 _ELEMENTWISE = (
     torch.optim.ASGD,
@@ -91,10 +92,32 @@ def describe(groups: Sequence[dict[str, Any]]) -> list[str]:
         for p in group["params"]:
             kind = "trainable" if p.requires_grad else "frozen"
             lines.append(f"{kind} parameter {tuple(p.shape)} {p.dtype} of group {number}")
-        for name, value in group.items():
-            if isinstance(value, (bool, int, float, str, tuple)):
-                lines.append(f"{name} = {value!r} of group {number}")
+        lines += [f"{option} of group {number}" for option in _options(group)]
     return lines
+
+
+def digest(groups: Sequence[dict[str, Any]]) -> int:
+    """A number of 63 bits that differs when options differ, whatever the parameters. Local."""
+    text = "\n".join(
+        f"{number} {option}" for number, group in enumerate(groups) for option in _options(group)
+    )
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1
+
+
+def _options(group: dict[str, Any]) -> list[str]:
+    """The options that are numbers or the like, in words."""
+    plain = {name: _plain(value) for name, value in group.items() if name != "params"}
+    return [f"{name} = {value!r}" for name, value in plain.items() if _is_plain(value)]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        return value.item()
+    return tuple(_plain(item) for item in value) if isinstance(value, (list, tuple)) else value
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, (bool, int, float, str, tuple))
 
 
 def _parameter(member: Any) -> nn.Parameter:

@@ -23,7 +23,7 @@ from hpcpar.optim.sharded.shards import Shard
 if TYPE_CHECKING:
     from hpcpar.comm import Communicator
 
-__all__ = ["MASTER", "check_shapes", "cut_state", "whole_state"]
+__all__ = ["check_shapes", "cut_state", "load_state", "whole_state"]
 
 MASTER = "master"
 
@@ -97,6 +97,47 @@ def cut_state(shard: Shard, parameter: torch.Tensor, state: Mapping[str, Any]) -
         else:
             result[name] = copy.deepcopy(value)
     return result
+
+
+def load_state(
+    optimizer: torch.optim.Optimizer,
+    shards: Sequence[Shard],
+    gradients: GradientParts,
+    known: Mapping[int, Any],
+    groups: Sequence[Mapping[str, Any]],
+) -> None:
+    """Give an optimizer over shards its part of a state. Local.
+
+    Parameters
+    ----------
+    optimizer
+        This rank's.
+    shards
+        What it updates.
+    gradients
+        Has the parameters.
+    known
+        The state of each parameter, by its identity; ``None`` where there is none.
+    groups
+        With the options to take over.
+    """
+    values = [value for group in optimizer.param_groups for value in group["params"]]
+    number_of = {id(value): number for number, value in enumerate(values)}
+    state: dict[int, Any] = {}
+    for shard in shards:
+        parameter = gradients.parameters[shard.slot.index]
+        whole = known.get(id(parameter))
+        if whole is None:
+            continue
+        own = cut_state(shard, parameter, whole)
+        master = own.pop(MASTER, None)
+        if shard.is_master:  # without one in the state the parameter is all there is
+            shard.value.copy_(shard.shaped(shard.target, parameter) if master is None else master)
+        state[number_of[id(shard.value)]] = own
+    own_groups = optimizer.state_dict()["param_groups"]
+    for own_group, group in zip(own_groups, groups, strict=True):
+        own_group.update({name: value for name, value in group.items() if name != "params"})
+    optimizer.load_state_dict({"state": state, "param_groups": own_groups})
 
 
 def _gather(

@@ -3,12 +3,13 @@
 A scaler looks for infinities in the gradients of its optimizer. Here each rank has only its part of them, and
 all must skip the same steps and lower their scales together. So the first parameter of the first group is one
 of no use, whose gradient is zero while the gradients of *all* ranks are finite, and infinite otherwise. The
-ranks agree on that when its gradient is looked at, which is what a scaler does; without one it costs nothing.
+ranks agree on that when a scaler looks at its gradient; for anybody else it is zero, and nothing is asked.
 During a step it is set aside.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -41,8 +42,10 @@ class Verdict(nn.Parameter):
 
     @property
     def grad(self) -> torch.Tensor:
-        """Zero, or infinite when the gradient of any rank is not finite. Collective."""
-        return torch.zeros(1) if self._judge() else torch.full((1,), float("inf"))
+        """Zero; to a ``GradScaler`` infinite when the gradient of any rank is not finite, and Collective."""
+        asked_by = sys._getframe(1).f_globals.get("__name__", "")
+        fine = "grad_scaler" not in asked_by or self._judge()
+        return torch.zeros(1) if fine else torch.full((1,), float("inf"))
 
     @grad.setter
     def grad(self, value: object) -> None:

@@ -95,8 +95,10 @@ def test_every_route_and_kind_of_source(comm: Communicator, route: str, kind: An
         for attached in (True, False):
             net = mlp()
             model = wrap(net, nodes, transport=transport)
-            source = model if attached else net
-            optimizer = ShardedOptimizer(source, kind, nodes, lr=0.02, transport=transport)
+            if attached:
+                optimizer = ShardedOptimizer(model, kind, nodes, lr=0.02)
+            else:
+                optimizer = ShardedOptimizer(net, kind, nodes, lr=0.02, transport=transport)
             train(model, optimizer, local(comm, batches))
             assert_close(net, expected, (route, attached))
             assert_replicas_equal(comm, net.parameters())

@@ -163,9 +163,8 @@ def test_what_an_eight_bit_wire_keeps_back_is_part_of_the_state(comm: Communicat
     with pretended_nodes(comm, 1) as nodes:
         model = wrap(net, nodes, wire_dtype=torch.int8)
         source: Any = model if attached else net
-        make: Any = lambda: ShardedOptimizer(  # noqa: E731
-            source, torch.optim.AdamW, nodes, lr=0.02, wire_dtype=torch.int8
-        )
+        options: Any = {} if attached else {"wire_dtype": torch.int8}
+        make: Any = lambda: ShardedOptimizer(source, torch.optim.AdamW, nodes, lr=0.02, **options)  # noqa: E731
         optimizer = make()
         train(model, optimizer, [local_part(comm, *batch) for batch in batches])
         state = optimizer.state_dict()

@@ -1,0 +1,20 @@
+"""What a data-parallel model wants of an optimizer that overlaps the next forward."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from hpcpar.nn.gradient_reduction import GradientReduction
+
+__all__ = ["OverlappingOptimizer"]
+
+
+class OverlappingOptimizer(Protocol):
+    """An optimizer that updates parameters when they are next read, as their gradients arrive."""
+
+    def attach(self, gradients: GradientReduction) -> None:
+        """Take over the waiting for the gradients of a model. Local."""
+
+    def finish(self) -> None:
+        """Wait for everything that is under way and apply it. Collective in effect."""
