@@ -20,7 +20,7 @@ import torch
 
 from hpcpar.comm.mpi import MPI
 from hpcpar.comm.ordered_reduction import OrderedReduction, combine_in_order, slice_bounds
-from hpcpar.comm.progress import Patience
+from hpcpar.comm.progress import ENGINE, Patience
 from hpcpar.comm.request import Request, wait_all
 
 if TYPE_CHECKING:
@@ -73,6 +73,13 @@ class MemberReduction:
             At the deadline, naming the members.
         """
         wait_all(self._requests)
+
+    def give_up(self) -> None:
+        """Leave sums unfinished, since a member has failed. Local."""
+        for request in self._requests:
+            if isinstance(request, OrderedReduction):
+                ENGINE.discard(request)
+        self._requests = []
 
     def free(self) -> None:
         """Give the communicator back, when nothing is under way. Collective."""

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from hpcpar.comm import BucketLayout, Reducer, Slot, plan_buckets, view_slot
+from hpcpar.errors import HpcparError
 
 __all__ = ["Accumulation", "Totals", "plan_accumulation"]
 
@@ -50,7 +51,7 @@ class Totals:
 
 
 def plan_accumulation(
-    parameters: Sequence[torch.Tensor], *, narrow: bool, device: torch.device | None
+    parameters: Sequence[torch.Tensor], device: torch.device | None
 ) -> tuple[list[torch.Tensor], list[BucketLayout], list[torch.device]]:
     """What accumulators look like (tensors without memory), their buckets, and the devices of these. Local.
 
@@ -58,13 +59,11 @@ def plan_accumulation(
     ----------
     parameters
         In the order of their groups.
-    narrow
-        Whether 16-bit parameters have 16-bit accumulators.
     device
         Of the accumulators; that of the first parameter of a bucket by default.
     """
     likes = [
-        torch.empty_like(p, dtype=p.dtype if narrow else _wide(p.dtype), device="meta") for p in parameters
+        torch.empty_like(parameter, dtype=_wide(parameter.dtype), device="meta") for parameter in parameters
     ]
     places = [device or parameter.device for parameter in parameters]
     layouts: list[BucketLayout] = []
@@ -94,6 +93,10 @@ class Accumulation:
         Keep accumulators beside the buckets.
     batch_size
         Of every batch, if ``.grad`` is the accumulator (``reuse_grad_buffers``); else ``None``.
+    unit
+        In which sums are handed over, a power of two, so that a narrow wire does not overflow.
+    untrained
+        Parameters that have no accumulator, since they were frozen when these were laid out.
 
     Attributes
     ----------
@@ -112,7 +115,10 @@ class Accumulation:
         *,
         apart: bool,
         batch_size: int | None,
+        unit: float = 1.0,
+        untrained: Sequence[torch.Tensor] = (),
     ) -> None:
+        self._unit, self._untrained = unit, list(untrained)
         self._parameters = list(parameters)
         self._flats = reducer.flats
         self._tail = reducer.flats[-1]
@@ -159,6 +165,13 @@ class Accumulation:
         has_overflowed
             Whether the gradient is not finite. It is left out then.
         """
+        for parameter in self._untrained:
+            if parameter.grad is not None:
+                raise HpcparError(
+                    f"a parameter of shape {tuple(parameter.shape)} must be trainable when a "
+                    "CollaborativeOptimizer is made, got a gradient of one that was frozen then. Make a new "
+                    "one"
+                )
         self.samples += samples
         self.oldest = version if self.oldest is None else self.oldest
         self._has_overflowed |= has_overflowed
@@ -176,19 +189,20 @@ class Accumulation:
         """Fill the buckets for a round; with accumulators apart, begin new ones."""
         head = [self.samples, int(self._has_overflowed)]
         self._tail.copy_(torch.tensor([*head, *map(int, self._used)]))
-        if self._batch_size is not None:
-            for flat in self._flats[:-1]:
-                flat.mul_(self._batch_size)
         if self._apart:
             for view, total in zip(self._views, self._sums, strict=True):
                 view.copy_(total)
+        factor = (self._batch_size or 1) / self._unit
+        for flat in self._flats[:-1] if factor != 1.0 else ():
+            flat.mul_(factor)
+        if self._apart:
             self._handed = self.oldest
             self.clear()
 
     def take_back(self) -> None:
         """Undo :meth:`hand_over`, when the round takes place without this rank. For accumulators apart."""
         for view, total in zip(self._views, self._sums, strict=True):
-            total.add_(view)
+            total.add_(view, alpha=self._unit)
         samples, overflows, *used = self._tail.tolist()
         self.samples += samples
         self._has_overflowed |= bool(overflows)
@@ -202,13 +216,14 @@ class Accumulation:
 
     def write_means(self, totals: Totals) -> None:
         """Let ``.grad`` of every parameter be the mean over all samples; ``None`` of one that nobody used."""
+        units = totals.samples / self._unit
         for parameter, view, used in zip(self._parameters, self._views, totals.used, strict=True):
             if not used:
                 parameter.grad = None
             elif self._batch_size is not None:
-                view.div_(totals.samples)
+                view.div_(units)
             else:
-                _write_gradient(parameter, view / totals.samples)
+                _write_gradient(parameter, view / units)
 
     def end_round(self) -> None:
         """Begin anew after a round."""
@@ -239,7 +254,7 @@ class Accumulation:
         def hook(parameter: torch.Tensor) -> None:
             view = self._views[index]
             if parameter.grad is not None and parameter.grad.data_ptr() != view.data_ptr():
-                view.copy_(parameter.grad)  # a .grad = None by the program came between
+                view.add_(parameter.grad)  # the program set .grad to None, but what was there is here
                 parameter.grad = view
             self._used[index] = True
 

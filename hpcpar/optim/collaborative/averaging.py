@@ -91,6 +91,7 @@ class Averaging:
         """Leave what is under way, since another rank has failed. Local."""
         self._reducer.use_progress_thread(False)
         self._reducer.give_up()
+        self._among.give_up()
 
     def free(self) -> None:
         """Give the communicators back. Collective."""

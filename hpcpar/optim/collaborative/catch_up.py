@@ -27,6 +27,8 @@ __all__ = ["CatchUp"]
 
 logger = logging.getLogger(__name__)
 
+_LEAST_PATIENCE_S = 5.0
+
 
 class CatchUp:
     """Gets newer states. Local to make.
@@ -49,7 +51,9 @@ class CatchUp:
         donor_timeout_s: float | None,
     ) -> None:
         self._comm, self._membership, self._exchange = comm, membership, exchange
-        self._patience_s = float("inf") if donor_timeout_s is None else donor_timeout_s
+        self._patience_s = float("inf")
+        if donor_timeout_s is not None:  # a donor answers once per batch, which may take longer than a round
+            self._patience_s = max(_LEAST_PATIENCE_S, 4.0 * donor_timeout_s)
 
     def fetch(self, lowest_version: int, is_needed: Callable[[], bool]) -> Packed | None:
         """The newest state of another rank. Point-to-point.
@@ -92,23 +96,22 @@ class CatchUp:
             )
 
     def _draw(self, download: Download) -> Packed | None:
-        chunks, since_s = download.chunks, time.monotonic()
-
-        def is_over() -> bool:
-            nonlocal chunks, since_s
-            if download.chunks > chunks:
-                chunks, since_s = download.chunks, time.monotonic()
-            return download.advance() or time.monotonic() - since_s > self._patience_s
-
+        """Wait for its chunks, each with a deadline; ``None`` when its donor is silent for too long."""
         try:
-            self._wait(is_over, (download.donor,))
+            while True:
+                chunks, limit_s = download.chunks, time.monotonic() + self._patience_s
+                self._wait(self._make_check(download, chunks, limit_s), (download.donor,))
+                if download.advance():
+                    return download.packed
+                if download.chunks == chunks:
+                    download.abandon()
+                    return None
         except BaseException:
             download.abandon()
             raise
-        if download.advance():
-            return download.packed
-        download.abandon()
-        return None
+
+    def _make_check(self, download: Download, chunks: int, limit_s: float) -> Callable[[], bool]:
+        return lambda: download.advance() or download.chunks > chunks or time.monotonic() > limit_s
 
     def _wait(self, done: Callable[[], bool], donors: tuple[int, ...] = ()) -> None:
         def look_and_ask() -> bool:

@@ -11,7 +11,13 @@ round after the one under way has its samples, too.
 
 Invariants:
 
-* What was handed over is either summed or taken back, so samples count once.
+* What was handed over is either summed or taken back, so samples count once. A round that is being summed
+  is ended before anything else is looked at, even if others are ahead meanwhile.
+* An exception between the beginning of the sums and the end of the step leaves a replica that is none: it
+  ends the collaboration, for all ranks.
+* Outside of ``step()`` the gradients that the program has computed stay what they are.
+* A rank that waits in one collaboration joins rounds of its others, as far as that changes no parameters; two
+  ranks that wait in different ones would wait for each other.
 * Parameters change only in :meth:`Collaboration._apply` and when a state is loaded, both in the thread and
   inside a call of the optimizer, with no wait in between: a donor never packs half a step.
 """
@@ -20,8 +26,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -69,12 +77,17 @@ class Collaboration:
         self._comm.skip_checks()
         self.rank = comm.rank
         self.is_open = True
+        self.failure = ""
+        self._siblings: list[Collaboration] = cast(
+            "list[Collaboration]", comm.attachments.setdefault("collaborations", [])
+        )
+        self._siblings.append(self)
+        self._joined_s = 0.0
+        self._is_leaving = False
         self._replica, self._options = replica, options
         self._performance = PerformanceEMA(options.performance_ema_alpha)
         self._alarm = Alarm([self._comm])
-        likes, layouts, devices = plan_accumulation(
-            replica.parameters, narrow=options.reuse_grad_buffers, device=options.accumulate_grads_on
-        )
+        likes, layouts, devices = plan_accumulation(replica.parameters, options.accumulate_grads_on)
         reducer = Reducer(
             self._comm,
             layouts,
@@ -90,6 +103,8 @@ class Collaboration:
             reducer,
             apart=options.delayed_averaging,
             batch_size=options.batch_size_per_step if options.reuse_grad_buffers else None,
+            unit=options.unit_of_sums,
+            untrained=replica.untrained,
         )
         self._averaging = Averaging(self._comm, reducer, behind=options.delayed_averaging)
         self._members: Sequence[int] | None = None  # of the round that is being summed
@@ -121,29 +136,55 @@ class Collaboration:
 
     def contribute(self, samples: int, *, scale: float | None, has_overflowed: bool) -> None:
         """Count a batch, then take a turn. Point-to-point."""
+        version = self._replica.version
         with self._alarm.armed():
-            self._accumulation.add(samples, self._replica.version, scale, has_overflowed)
+            if self._membership.has_joined and not self._options.delayed_averaging:
+                with self._keeping_gradients():  # joined while this rank waited elsewhere
+                    self._advance_round(wait=True)
+            self._accumulation.add(samples, version, scale, has_overflowed)
             self._performance.update(samples)
             self._turn()
 
+    def join_meanwhile(self, *, may_step: bool) -> None:
+        """Let a round of this collaboration go on while the rank waits in another one. Never waits.
+
+        Parameters
+        ----------
+        may_step
+            Whether it may be ended, too, with new parameters.
+        """
+        if not self.is_open:
+            return
+        self._look()
+        membership = self._membership
+        if self._members is not None:
+            if self._averaging.is_done() and may_step:
+                with self._keeping_gradients():
+                    self._advance_round(wait=False)
+        elif not membership.is_behind:
+            if not membership.has_joined and membership.is_due:
+                self._join()
+            if membership.has_joined and membership.members() is not None:
+                self._begin_round(wait=False)
+
     def assist(self) -> None:
         """Take a turn when there is something to do, or after a second. Point-to-point."""
-        with self._alarm.armed(), self._performance.pause():
+        with self._alarm.armed(), self._performance.pause(), self._keeping_gradients():
             limit_s = time.monotonic() + _ASSIST_S
             self._wait_for_others(lambda: self._is_called or time.monotonic() >= limit_s)
-            self._turn()
+            self._turn(is_computing=False)
 
     def load_from_peers(self) -> None:
         """Load the newest state with the random numbers, also if this rank has the newest. Point-to-point."""
         self.settle()
-        with self._alarm.armed():
+        with self._alarm.armed(), self._keeping_gradients():
             self._load(explicit=True)
             while self._membership.is_behind:
                 self._load(explicit=True)
 
     def settle(self) -> None:
         """End the round that runs behind, if any. Point-to-point."""
-        with self._alarm.armed():
+        with self._alarm.armed(), self._keeping_gradients():
             while self._membership.has_joined:
                 self._advance_round(wait=True)
 
@@ -171,16 +212,17 @@ class Collaboration:
         if not self.is_open:
             return
         membership = self._membership
+        self._is_leaving = True
         with self._alarm.armed(), self._performance.pause():
             membership.leave()
             while not membership.decision.all_left:
                 self._wait_for_others(self._make_news_check())
-                self._turn()
+                self._turn(is_computing=False)
             membership.close()
             self._exchange.free()
         self._accumulation.detach()
         self._averaging.free()
-        self.is_open = False
+        self._close()
         self._alarm.free()
         self._comm.Free()
 
@@ -188,7 +230,8 @@ class Collaboration:
         """Tell the others that this rank has failed, and wait for nobody. Local."""
         if not self.is_open:
             return
-        self.is_open = False
+        self.failure = text.strip().rpartition("\n")[2]
+        self._close()
         self._alarm.sound(text)
         self._membership.stop()
         self._exchange.stop()
@@ -207,44 +250,50 @@ class Collaboration:
         """Whether a turn would do something."""
         self._look()
         membership = self._membership
+        if self._members is not None:
+            return self._averaging.is_done() or membership.is_next_due or membership.is_behind
         if membership.is_behind:
             return True
         if not membership.has_joined:
             return membership.is_due
-        if self._members is not None:
-            return self._averaging.is_done() or membership.is_next_due
         return membership.is_decided or membership.is_next_due
 
-    def _turn(self) -> None:
-        """Do what is due now."""
+    def _turn(self, *, is_computing: bool = True) -> None:
+        """Do what is due now; a rank that has nothing to compute meanwhile sees a round to its end."""
         membership = self._membership
-        membership.report(self._accumulation.samples, self._performance.samples_per_second)
+        rate = self._performance.samples_per_second if is_computing else 0.0
+        membership.report(self._accumulation.samples, rate)
         self._look()
         if membership.is_behind:
-            self._load(explicit=False)
+            if self._members is not None:
+                self._advance_round(wait=True)  # others have ended it already
+            if membership.is_behind:
+                self._load(explicit=False)
             return
         if not membership.has_joined:
             if not membership.is_due:
                 return
             self._join()
-        self._advance_round(wait=not self._options.delayed_averaging or membership.is_next_due)
+        may_go_on = self._options.delayed_averaging and is_computing and not membership.is_next_due
+        self._advance_round(wait=not may_go_on)
 
     def _join(self) -> None:
+        self._joined_s = time.monotonic()
         self._membership.join()
         if self._options.delayed_averaging:  # else when it begins, so that it need not be taken back
             self._accumulation.hand_over()
 
     def _advance_round(self, *, wait: bool) -> None:
         """Go on with the round that was joined, to its end if this may wait."""
-        began_s = time.monotonic()
         with self._performance.pause():
             if not self._begin_round(wait=wait):
                 return
             if not wait and not self._averaging.is_done():
                 return
-            self._averaging.wait()
-            members, self._members = self._members or (), None
-            self._apply(self._accumulation.totals(), len(members), time.monotonic() - began_s)
+            with self._failing_for_good():
+                self._averaging.wait()
+                members, self._members = self._members or (), None
+                self._apply(self._accumulation.totals(), len(members), time.monotonic() - self._joined_s)
 
     def _begin_round(self, *, wait: bool) -> bool:
         """Start the sums when the members are known; whether they are under way."""
@@ -259,9 +308,10 @@ class Collaboration:
         if members is None:
             self._load(explicit=False)
             return False
-        if not self._options.delayed_averaging:
-            self._accumulation.hand_over()
-        self._averaging.start(members)
+        with self._failing_for_good():
+            if not self._options.delayed_averaging:
+                self._accumulation.hand_over()
+            self._averaging.start(members)
         self._members = members
         return True
 
@@ -306,7 +356,8 @@ class Collaboration:
         if packed is None:
             return
         before = self._replica.version
-        self._replica.unpack(packed, random=explicit)
+        with self._failing_for_good():
+            self._replica.unpack(packed, with_random=explicit)
         self._drop_old_gradients()
         membership.advance(self._replica.version, self._replica.step, accumulation.samples)
         logger.info(
@@ -334,11 +385,44 @@ class Collaboration:
         heard = membership.rows.tobytes()
         return lambda: self._is_called or membership.decision.all_left or membership.rows.tobytes() != heard
 
+    # Gradients, failures ---------------------------------------------------------------------------------
+
+    @contextmanager
+    def _keeping_gradients(self) -> Iterator[None]:
+        """What ``.grad`` holds before the block it holds after it, unless it is an accumulator."""
+        if self._options.reuse_grad_buffers:
+            yield
+            return
+        gradients = [parameter.grad for parameter in self._replica.parameters]
+        for parameter in self._replica.parameters:
+            parameter.grad = None  # or a mean would be written into the same memory
+        try:
+            yield
+        finally:
+            for parameter, gradient in zip(self._replica.parameters, gradients, strict=True):
+                parameter.grad = gradient
+
+    @contextmanager
+    def _failing_for_good(self) -> Iterator[None]:
+        """An exception inside the block ends the collaboration, for all ranks."""
+        try:
+            yield
+        except BaseException:
+            self.abort(traceback.format_exc())
+            raise
+
+    def _close(self) -> None:
+        self.is_open = False
+        self._siblings.remove(self)
+
     # Waiting ---------------------------------------------------------------------------------------------
 
     def _wait_for_others(self, done: Callable[[], bool]) -> None:
         def look_and_ask() -> bool:
             self._look()
+            for other in self._siblings if len(self._siblings) > 1 else ():
+                if other is not self:
+                    other.join_meanwhile(may_step=self._is_leaving)
             return done()
 
         wait_for_peers(look_and_ask, self._comm, self._describe)

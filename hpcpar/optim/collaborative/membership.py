@@ -86,8 +86,12 @@ class Membership:
 
     @property
     def is_due(self) -> bool:
-        """Whether the round that this rank is at has its samples. Local."""
-        return is_due(self.rows, self.version, self._target)
+        """Whether the round that this rank is at is to be joined: it has its samples, or others join. Local.
+
+        A rank that has left begins no round, so a loop up to some step ends with that step.
+        """
+        has_left = bool(self._row[Column.LEFT])
+        return is_due(self.rows, self.version, float("inf") if has_left else self._target)
 
     @property
     def is_next_due(self) -> bool:

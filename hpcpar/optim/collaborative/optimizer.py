@@ -31,7 +31,7 @@ import torch
 from hpcpar.comm import agree, check_alike
 from hpcpar.errors import HpcparError, MismatchError
 from hpcpar.optim.collaborative.collaboration import Collaboration
-from hpcpar.optim.collaborative.options import CollaborativeOptions, check_batch_size
+from hpcpar.optim.collaborative.options import CollaborativeOptions, check_batch_size, check_kinds
 from hpcpar.optim.collaborative.progress import CollaborationState, TrainingState
 from hpcpar.optim.collaborative.replica import Replica, Scheduler, describe
 from hpcpar.optim.data_parallel import drop_gradients
@@ -44,6 +44,8 @@ __all__ = ["CollaborativeOptimizer"]
 
 _SUBJECT = "a CollaborativeOptimizer"
 _STATE = "collaborative"
+_GENERATION = 2**32  # versions of one
+_SCALING = ("grad_scale", "found_inf")  # what a GradScaler sets for the time of its step()
 
 
 class CollaborativeOptimizer(WrappedOptimizer):
@@ -100,8 +102,8 @@ class CollaborativeOptimizer(WrappedOptimizer):
     After ``step()`` has made a global step, ``.grad`` holds the mean gradient. Call ``zero_grad()`` before
     the next backward, as always.
 
-    The version of ``state_dict()`` decides who is newest after a restart. To return to an older state, load
-    it on all ranks.
+    A state that was loaded by ``load_state_dict()`` is newer than all that was before. Load it on all ranks,
+    or on one, from which the others load by :meth:`load_state_from_peers` behind a barrier.
 
     Examples
     --------
@@ -135,8 +137,7 @@ class CollaborativeOptimizer(WrappedOptimizer):
         transport: str = "auto",
     ) -> None:
         def check() -> CollaborativeOptions:
-            if not isinstance(opt, torch.optim.Optimizer):
-                raise MismatchError(f"opt must be a torch optimizer, got {type(opt).__name__}")
+            check_kinds(opt, scheduler, reuse_grad_buffers=reuse_grad_buffers)
             device = None if accumulate_grads_on is None else torch.device(accumulate_grads_on)
             return CollaborativeOptions(
                 target_batch_size=target_batch_size,
@@ -179,10 +180,17 @@ class CollaborativeOptimizer(WrappedOptimizer):
         RankFailedError, StalledError
             When a rank that is waited for has failed, or does not come.
         """
+        try:
+            self._step(batch_size)
+        except BaseException:
+            for name in _SCALING:
+                self.__dict__.pop(name, None)  # a GradScaler does not come to remove them
+            raise
+
+    def _step(self, batch_size: int | None) -> None:
         self._check_open()
         samples = self._samples_of(batch_size)
-        # What a GradScaler sets for the time of its step().
-        scale, overflows = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
+        scale, overflows = (self.__dict__.get(name) for name in _SCALING)
         if overflows is not None and self._options.reuse_grad_buffers:
             raise HpcparError(
                 "reuse_grad_buffers must not be combined with a GradScaler, got both: gradients of several "
@@ -295,12 +303,13 @@ class CollaborativeOptimizer(WrappedOptimizer):
         self._collaboration.settle()
         self.optimizer.load_state_dict(state_dict)
         mine = state_dict.get(_STATE)
-        if mine is None:
-            self._replica.version += 1
-        else:
-            self._replica.version, self._replica.step = mine["version"], mine["step"]
+        # Of a new generation: newer than whatever any rank has, so that older states can be returned to.
+        generation, number = divmod(self._replica.version, _GENERATION)
+        if mine is not None:
+            number, self._replica.step = mine["version"] % _GENERATION, mine["step"]
             if self._replica.scheduler is not None and mine["scheduler"] is not None:
                 self._replica.scheduler.load_state_dict(mine["scheduler"])
+        self._replica.version = (generation + 1) * _GENERATION + number
         self._collaboration.restart()
 
     def residual_state(self) -> dict[int, torch.Tensor]:
@@ -370,5 +379,10 @@ class CollaborativeOptimizer(WrappedOptimizer):
         return samples
 
     def _check_open(self) -> None:
+        if self._collaboration.failure:
+            raise HpcparError(
+                "a CollaborativeOptimizer must not be used after a failure, which was "
+                f"{self._collaboration.failure}"
+            )
         if not self._collaboration.is_open:
             raise HpcparError("a CollaborativeOptimizer must not be used after shutdown()")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from dataclasses import dataclass, fields
 
@@ -9,7 +10,7 @@ import torch
 
 from hpcpar.errors import MismatchError
 
-__all__ = ["CollaborativeOptions", "check_batch_size"]
+__all__ = ["CollaborativeOptions", "check_batch_size", "check_kinds"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,13 @@ class CollaborativeOptions:
                 f"one step old, got {self.step_tolerance}"
             )
 
+    @property
+    def unit_of_sums(self) -> float:
+        """In which sums of gradients travel: their range is that of means times samples. Local."""
+        if self.wire_dtype is not torch.float16:
+            return 1.0
+        return 2.0 ** math.ceil(math.log2(self.target_batch_size))
+
     def _check_reuse(self) -> None:
         if not self.reuse_grad_buffers:
             return
@@ -93,3 +101,28 @@ def check_batch_size(name: str, value: object) -> int:
     if isinstance(value, bool) or number < 1:
         raise MismatchError(f"{name} must be a positive integer, got {value!r}")
     return number
+
+
+def check_kinds(opt: object, scheduler: object, *, reuse_grad_buffers: bool) -> None:
+    """Whether a collaborative optimizer can work with these. Local.
+
+    Raises
+    ------
+    MismatchError
+        For what is no optimizer, and for one or a scheduler that needs more than a step.
+    """
+    if not isinstance(opt, torch.optim.Optimizer):
+        raise MismatchError(f"opt must be a torch optimizer, got {type(opt).__name__}")
+    if isinstance(opt, torch.optim.LBFGS):
+        raise MismatchError("opt must step without a closure, got LBFGS")
+    if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        raise MismatchError(
+            "scheduler must step without a loss, got ReduceLROnPlateau. Step it in the program, on all ranks "
+            "alike"
+        )
+    narrow = any(p.dtype.itemsize < 4 for group in opt.param_groups for p in group["params"])
+    if reuse_grad_buffers and narrow:
+        raise MismatchError(
+            "reuse_grad_buffers must be used with parameters of 32 bits or more, got narrower ones, whose "
+            "gradients cannot hold sums over many batches"
+        )

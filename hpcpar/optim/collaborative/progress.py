@@ -127,7 +127,7 @@ def summarize(rows: Numbers, target: int) -> CollaborationState:
     """All rows together. Local."""
     newest = rows[rows[:, Column.ROUND] == rows[:, Column.ROUND].max()]
     samples = int(newest[:, Column.SAMPLES].sum())
-    rate = float(rows[rows[:, Column.LEFT] == 0.0, Column.RATE].sum())
+    rate = float(newest[newest[:, Column.LEFT] == 0.0, Column.RATE].sum())
     missing = max(target - samples, 0)
     return CollaborationState(
         optimizer_step=int(newest[0, Column.STEP]),
@@ -140,7 +140,7 @@ def summarize(rows: Numbers, target: int) -> CollaborationState:
     )
 
 
-def is_due(rows: Numbers, number: int, target: int) -> bool:
+def is_due(rows: Numbers, number: int, target: float) -> bool:
     """Whether the ranks at a round have the samples for it, or one of them has found so. Local.
 
     Samples only grow while a rank is at a round, so what is due by old rows is due by newer ones.

@@ -12,10 +12,12 @@ It is a copy, so that the sender may train on while it is being sent.
 from __future__ import annotations
 
 import pickle
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
 
 if TYPE_CHECKING:
@@ -70,16 +72,16 @@ class Replica:
         Rounds that have led to it.
     step : int
         Optimizer steps that have.
+    parameters, untrained : list of torch.Tensor
+        Those that were trainable in the beginning, in the order of their groups, and those that were not.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, scheduler: Scheduler | None) -> None:
         self.optimizer, self.scheduler = optimizer, scheduler
         self.version = self.step = 0
-
-    @property
-    def parameters(self) -> list[torch.Tensor]:
-        """Those that are trained, in the order of their groups."""
-        return [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
+        everything = [p for group in optimizer.param_groups for p in group["params"]]
+        self.parameters = [parameter for parameter in everything if parameter.requires_grad]
+        self.untrained = [parameter for parameter in everything if not parameter.requires_grad]
 
     def apply(self, clip_grad_norm: float | None) -> None:
         """Step with the gradients that are there."""
@@ -91,7 +93,7 @@ class Replica:
         self.step += 1
 
     def pack(self) -> Packed:
-        """A copy of everything, with the state of torch's random numbers on the host."""
+        """A copy of everything, with the state of torch's, Python's and numpy's random numbers."""
         tensors: list[torch.Tensor] = []
         tree = _replace(
             {
@@ -100,7 +102,7 @@ class Replica:
                 "parameters": [p for group in self.optimizer.param_groups for p in group["params"]],
                 "optimizer": self.optimizer.state_dict(),
                 "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
-                "random": torch.get_rng_state(),
+                "random": _random_state(),
             },
             tensors,
         )
@@ -108,7 +110,7 @@ class Replica:
         structure = bytearray(pickle.dumps((tree, [part.numel() for part in parts]), pickle.HIGHEST_PROTOCOL))
         return Packed(torch.frombuffer(structure, dtype=torch.uint8), torch.cat(parts))
 
-    def unpack(self, packed: Packed, *, random: bool) -> None:
+    def unpack(self, packed: Packed, *, with_random: bool) -> None:
         """Become the same, the random numbers only if asked for."""
         structure, sizes = pickle.loads(packed.structure.numpy().tobytes())
         parts = [
@@ -122,8 +124,8 @@ class Replica:
         self.optimizer.load_state_dict(tree["optimizer"])
         if self.scheduler is not None and tree["scheduler"] is not None:
             self.scheduler.load_state_dict(tree["scheduler"])
-        if random:
-            torch.set_rng_state(tree["random"])
+        if with_random:
+            _set_random_state(tree["random"])
         self.version, self.step = tree["version"], tree["step"]
 
     def broadcast(self, comm: Communicator) -> None:
@@ -137,13 +139,14 @@ class Replica:
         comm.Bcast(packed.structure)
         comm.Bcast(packed.contents)
         if comm.rank:
-            self.unpack(packed, random=False)
+            self.unpack(packed, with_random=False)
 
 
 def describe(replica: Replica, options: dict[str, object]) -> list[str]:
     """One line for each thing that must be alike on all ranks. Local."""
     lines = [f"{name}={value}" for name, value in options.items()]
     lines.append(f"optimizer {type(replica.optimizer).__name__}")
+    lines.append(f"scheduler {type(replica.scheduler).__name__}")
     for number, group in enumerate(replica.optimizer.param_groups):
         lines += [
             f"parameter {place} of group {number}: {tuple(p.shape)} {p.dtype}"
@@ -151,6 +154,22 @@ def describe(replica: Replica, options: dict[str, object]) -> list[str]:
             for place, p in enumerate(group["params"])
         ]
     return lines
+
+
+def _random_state() -> dict[str, Any]:
+    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    state["numpy"] = np.random.get_state(legacy=False)  # noqa: NPY002 - the one that programs draw from
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])  # noqa: NPY002
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
 
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:

@@ -176,4 +176,4 @@ class Secretary:
         same = (rows[:, Column.ROUND] == rows[0, Column.ROUND]).all()
         idle = not (rows[:, Column.JOINED].any() or rows[:, Column.WANTS].any())
         left = rows[:, Column.LEFT].all()
-        return bool(left and same and idle and not is_due(rows, int(rows[0, Column.ROUND]), self._target))
+        return bool(left and same and idle)

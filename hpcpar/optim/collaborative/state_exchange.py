@@ -1,4 +1,4 @@
-"""States from rank to rank, in chunks that the receiver asks for one after the other.
+"""States from rank to rank, in chunks that the receiver asks for, some ahead.
 
 ::
 
@@ -7,8 +7,8 @@
              chunk 1 of request 5? -->  donor
              <-- chunk 1               ... until the last, after which the donor drops the copy
 
-The receiver draws, so a donor never waits for it and never has more than a chunk under way, and a receiver
-that gives up, or turns to another donor, need not tell anybody.
+The receiver draws, so a donor never waits for it and never has more than a few chunks under way, and a
+receiver that gives up, or turns to another donor, need not tell anybody.
 
 Invariant: a donor packs in its own thread, between two uses of the optimizer or while it waits in one, never
 while a step writes parameters. It answers in every wait of that thread, so two ranks that ask each other
@@ -18,6 +18,7 @@ both get their answers.
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["Download", "StateExchange"]
 
 CHUNK_BYTES = 16 * 2**20
+_CHUNKS_AHEAD = 8
 
 
 class StateExchange:
@@ -68,9 +70,14 @@ class StateExchange:
         self._is_serving = True
         try:
             self._calls.progress()
-            for call in self._calls.take():
+            calls = self._calls.take()
+            newest = {
+                call.source: max(c.words[0] for c in calls if c.source == call.source) for call in calls
+            }
+            for call in calls:
                 request, chunk = call.words
-                call.reply(self._chunk(call.source, request, chunk))
+                is_given_up = request < newest[call.source]
+                call.reply([] if is_given_up else self._chunk(call.source, request, chunk))
         finally:
             self._is_serving = False
 
@@ -116,37 +123,34 @@ class Download:
         self._calls, self.donor, self._request = calls, donor, request
         self._parts: list[torch.Tensor] = []
         self._structure = torch.empty(0, dtype=torch.uint8)
-        self._missing = 0
-        self._chunks = 0
-        self._is_complete = False
-        self._call: Call = self._ask()
+        self._total = 1  # chunks; known when the first has come
+        self._asked = 0
+        self._open: deque[Call] = deque()
+        self._ask()
 
     def advance(self) -> bool:
-        """Take what has come and ask for the next chunk; whether that was the last. Local, never waits.
+        """Take what has come and ask for more; whether that was all. Local, never waits.
 
         Raises
         ------
         RankFailedError
             When the donor has died.
         """
-        if self._is_complete or not self._call.test():
-            return self._is_complete
-        if self._chunks == 1:
-            size, self._structure, part = self._call.tensors
-            self._missing = int(size)
-        else:
-            (part,) = self._call.tensors
-        self._parts.append(part)
-        self._missing -= part.numel()
-        self._is_complete = self._missing <= 0
-        if not self._is_complete:
-            self._call = self._ask()
+        while self._open and self._open[0].test():
+            tensors = self._open.popleft().tensors
+            if not self._parts:
+                size, self._structure, part = tensors
+                self._total = -(-int(size) // max(1, part.numel()))
+            else:
+                (part,) = tensors
+            self._parts.append(part)
+            self._ask()
         return self._is_complete
 
     @property
     def chunks(self) -> int:
-        """How many were asked for, which grows as long as the donor answers."""
-        return self._chunks
+        """How many have come, which grows as long as the donor answers."""
+        return len(self._parts)
 
     @property
     def packed(self) -> Packed:
@@ -154,10 +158,16 @@ class Download:
         return Packed(self._structure, torch.cat(self._parts))
 
     def abandon(self) -> None:
-        """Do without it; a late chunk is received and dropped. Local."""
-        self._call.abandon()
+        """Do without it; late chunks are received and dropped. Local."""
+        while self._open:
+            self._open.popleft().abandon()
 
-    def _ask(self) -> Call:
-        call = self._calls.call(self.donor, [self._request, self._chunks], [])
-        self._chunks += 1
-        return call
+    @property
+    def _is_complete(self) -> bool:
+        return bool(self._parts) and len(self._parts) >= self._total
+
+    def _ask(self) -> None:
+        """Ask for some chunks ahead: a donor may look seldom, and answers all at once then."""
+        while self._asked < self._total and len(self._open) < _CHUNKS_AHEAD:
+            self._open.append(self._calls.call(self.donor, [self._request, self._asked], []))
+            self._asked += 1

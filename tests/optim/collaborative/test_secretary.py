@@ -134,8 +134,10 @@ def test_all_may_leave_when_no_round_is_open() -> None:
     table.set(0, left=1, samples=4)
     assert not table.decide().all_left
     table.set(1, left=1, samples=6)
-    assert not table.decide().all_left, "a round is due"
-    table.set(1, samples=5)
+    assert table.decide().all_left, "samples that suffice begin no round when all have left"
+    table.set(1, joined=1)
+    assert not table.decide().all_left, "a round that somebody has joined is ended"
+    table.set(1, joined=0, samples=5)
     assert table.decide().all_left
     table.set(1, wants=1)
     assert not table.decide().all_left
