@@ -291,6 +291,8 @@ class Collaboration:
             if not wait and not self._averaging.is_done():
                 return
             with self._failing_for_good():
+                if len(self._siblings) > 1:  # members may be waiting in rounds of those
+                    self._wait_for_others(self._averaging.is_done)
                 self._averaging.wait()
                 members, self._members = self._members or (), None
                 self._apply(self._accumulation.totals(), len(members), time.monotonic() - self._joined_s)
