@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.hosts import Hosts, why_not
-from tests.launching import find_launcher
+from tests.hosts import facts_from_two_hosts
 
 SCRIPT = """
 import json
@@ -84,26 +80,8 @@ if comm.rank == 0:
 
 @pytest.mark.timeout_s(200)
 def test_cycling_sends_half_a_gradient_every_fourth_step(tmp_path: Path) -> None:
-    reason = why_not()
-    if reason:
-        pytest.skip(reason)
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    with (
-        Hosts(2, rate="100mbit") as hosts,
-        hosts.job(
-            find_launcher(),
-            2,
-            [sys.executable, str(script)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env={"HPCPAR_TIMEOUT_S": "60"},
-        ) as job,
-    ):
-        output = job.process.communicate(timeout=180)[0].decode()
-    assert job.process.returncode == 0, output
-    results = [json.loads(line[6:]) for line in output.splitlines() if line.startswith("FACTS ")]
-    assert len(results) == 1, output
+    results = facts_from_two_hosts(SCRIPT, tmp_path, rate="100mbit", timeout_s=180)
+    assert len(results) == 1
     for facts in results[0]:
         assert facts["nodes"] == 2
         assert facts["cycling"]["step"] == 4

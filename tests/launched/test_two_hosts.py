@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.hosts import Hosts, why_not
-from tests.launching import find_launcher
+from tests.hosts import facts_from_two_hosts
 
 SCRIPT = """
 import json
@@ -75,26 +71,8 @@ for wire_dtype in (None, torch.bfloat16):
 
 @pytest.mark.timeout_s(150)
 def test_one_gradient_crosses_the_link_each_way(tmp_path: Path) -> None:
-    reason = why_not()
-    if reason:
-        pytest.skip(reason)
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    with (
-        Hosts(2, rate="1gbit") as hosts,
-        hosts.job(
-            find_launcher(),
-            2,
-            [sys.executable, str(script)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env={"HPCPAR_TIMEOUT_S": "60"},
-        ) as job,
-    ):
-        output = job.process.communicate(timeout=120)[0].decode()
-    assert job.process.returncode == 0, output
-    results = [json.loads(line[6:]) for line in output.splitlines() if line.startswith("FACTS ")]
-    assert len(results) == 2, output
+    results = facts_from_two_hosts(SCRIPT, tmp_path, rate="1gbit", timeout_s=120)
+    assert len(results) == 2
     for ranks in results:
         for facts in ranks:
             assert facts["nodes"] == 2

@@ -57,6 +57,7 @@ __all__ = ["Collaboration"]
 logger = logging.getLogger(__name__)
 
 _ASSIST_S = 1.0
+_ALONE_S = 0.02  # ranks in step seldom wait as long, and then join with what they are about to compute
 
 
 class Collaboration:
@@ -420,11 +421,14 @@ class Collaboration:
     # Waiting ---------------------------------------------------------------------------------------------
 
     def _wait_for_others(self, done: Callable[[], bool]) -> None:
+        limit_s = time.monotonic() + _ALONE_S
+
         def look_and_ask() -> bool:
             self._look()
-            for other in self._siblings if len(self._siblings) > 1 else ():
-                if other is not self:
-                    other.join_meanwhile(may_step=self._is_leaving)
+            if len(self._siblings) > 1 and time.monotonic() >= limit_s:
+                for other in self._siblings:
+                    if other is not self:
+                        other.join_meanwhile(may_step=self._is_leaving)
             return done()
 
         wait_for_peers(look_and_ask, self._comm, self._describe)
