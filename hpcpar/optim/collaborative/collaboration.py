@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from hpcpar.comm import Alarm, Reducer, wait_for_peers
+from hpcpar.errors import MismatchError
 from hpcpar.optim.collaborative.accumulation import Accumulation, Totals, plan_accumulation
 from hpcpar.optim.collaborative.averaging import Averaging
 from hpcpar.optim.collaborative.catch_up import CatchUp
@@ -43,6 +44,7 @@ from hpcpar.optim.collaborative.performance import PerformanceEMA
 from hpcpar.optim.collaborative.progress import (
     CollaborationState,
     TrainingState,
+    describe_round,
     summarize,
     training_states,
 )
@@ -112,6 +114,22 @@ class Collaboration:
         self._exchange = StateExchange(self._comm, replica.pack)
         self._membership = Membership(self._comm, options.target_batch_size, options.averaging_timeout)
         self._catch_up = CatchUp(self._comm, self._membership, self._exchange, options.averaging_timeout)
+
+    @staticmethod
+    def check_alone(comm: Communicator, *, reuses_gradients: bool) -> None:
+        """Whether one more collaboration of these ranks can wait for the others. Local.
+
+        Raises
+        ------
+        MismatchError
+            Where one accumulates in ``.grad``, which cannot be summed while the program computes.
+        """
+        others = cast("list[Collaboration]", comm.attachments.get("collaborations", []))
+        if others and (reuses_gradients or any(other._options.reuse_grad_buffers for other in others)):
+            raise MismatchError(
+                "reuse_grad_buffers must be left to the only CollaborativeOptimizer of a communicator, got "
+                "several optimizers"
+            )
 
     # What is known ---------------------------------------------------------------------------------------
 
@@ -330,17 +348,7 @@ class Collaboration:
         level = logging.INFO if self._options.verbose else logging.DEBUG
         if logger.isEnabledFor(level):
             state = summarize(self._membership.rows, self._options.target_batch_size)
-            logger.log(
-                level,
-                "global step %d%s: %d samples, %d ranks, %.1f samples/s, averaged in %.3f s, next in %.1f s",
-                self._replica.step,
-                "" if is_step else " is not made, since gradients have overflowed",
-                totals.samples,
-                members,
-                state.samples_per_second,
-                seconds,
-                state.eta_next_step,
-            )
+            logger.log(level, "%s", describe_round(state, self._replica.step, totals, members, seconds))
 
     # States ----------------------------------------------------------------------------------------------
 

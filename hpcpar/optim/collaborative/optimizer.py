@@ -138,6 +138,7 @@ class CollaborativeOptimizer(WrappedOptimizer):
     ) -> None:
         def check() -> CollaborativeOptions:
             check_kinds(opt, scheduler, reuse_grad_buffers=reuse_grad_buffers)
+            Collaboration.check_alone(comm, reuses_gradients=reuse_grad_buffers)
             device = None if accumulate_grads_on is None else torch.device(accumulate_grads_on)
             return CollaborativeOptions(
                 target_batch_size=target_batch_size,

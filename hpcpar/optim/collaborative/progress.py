@@ -13,7 +13,17 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["CollaborationState", "Column", "TrainingState", "is_due", "summarize", "training_states"]
+from hpcpar.optim.collaborative.accumulation import Totals
+
+__all__ = [
+    "CollaborationState",
+    "Column",
+    "TrainingState",
+    "describe_round",
+    "is_due",
+    "summarize",
+    "training_states",
+]
 
 Numbers = NDArray[np.float64]
 
@@ -147,3 +157,23 @@ def is_due(rows: Numbers, number: int, target: float) -> bool:
     """
     at = rows[rows[:, Column.ROUND] == number]
     return bool(at[:, Column.SAMPLES].sum() >= target or at[:, Column.JOINED].any())
+
+
+def describe_round(state: CollaborationState, step: int, totals: Totals, members: int, seconds: float) -> str:
+    """A line about a round that has just ended. Local.
+
+    Parameters
+    ----------
+    state
+        Afterwards.
+    step
+        Global steps.
+    totals, members, seconds
+        Of the round.
+    """
+    failed = " is not made, since gradients have overflowed" if totals.has_overflowed else ""
+    return (
+        f"global step {step}{failed}: {totals.samples} samples, {members} ranks, "
+        f"{state.samples_per_second:.1f} samples/s, averaged in {seconds:.3f} s, "
+        f"next in {state.eta_next_step:.1f} s"
+    )

@@ -471,3 +471,14 @@ def test_steps_that_need_more_than_gradients_are_refused(comm: Communicator) -> 
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(inner)
     with pytest.raises(MismatchError, match="ReduceLROnPlateau"):
         CollaborativeOptimizer(inner, comm, target_batch_size=8, scheduler=plateau)
+
+
+def test_reused_buffers_are_refused_beside_another_optimizer(comm: Communicator) -> None:
+    reused = {"target_batch_size": 8, "reuse_grad_buffers": True, "batch_size_per_step": 4}
+    plain = {"target_batch_size": 8}
+    for first, second in ((plain, reused), (reused, plain)):
+        with (
+            CollaborativeOptimizer(adam(mlp().parameters()), comm, **first),
+            pytest.raises(MismatchError, match="reuse_grad_buffers"),
+        ):
+            CollaborativeOptimizer(adam(mlp().parameters()), comm, **second)
