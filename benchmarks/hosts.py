@@ -17,6 +17,7 @@ Nothing here imports torch or MPI: a process that has initialised MPI cannot sta
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -68,7 +69,7 @@ class Hosts:
 
     def __init__(self, count: int, rate: str | None = None) -> None:
         self._rate = rate
-        self._tag = f"h{os.getpid() % 100000}"
+        self._tag = f"h{secrets.token_hex(3)}"  # not one whose removal the kernel has not ended
         self._bridge = f"{self._tag}br"
         self.names = [f"{self._tag}n{number}" for number in range(1, count + 1)]
         self.addresses = [f"{_SUBNET}.{number}" for number in range(1, count + 1)]
