@@ -17,6 +17,7 @@ gathers the parts by messages.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,6 +28,7 @@ from hpcpar.comm.partition import Partition, gather_parts
 from hpcpar.comm.progress import DescribedPatience, wait_until
 from hpcpar.comm.shared_memory import FlagBoard, SharedWindow, has_space
 from hpcpar.comm.transport import segment_layout
+from hpcpar.errors import RankFailedError
 
 if TYPE_CHECKING:
     from hpcpar.comm.communicator import Communicator
@@ -113,7 +115,11 @@ class NodeCopy:
             return True
         self._board.raise_flag(_WORD, word)
         self._meet(_ENTERED, "the beginning of an update of shared tensors")
-        return all(self._board.read(rank, _WORD) == word for rank in range(self._comm.node.size))
+        alike = all(self._board.read(rank, _WORD) == word for rank in range(self._comm.node.size))
+        if not alike:  # all have read the words before one of them may raise an alarm about them
+            with suppress(RankFailedError):
+                self._meet(_LEFT, "the comparison of what ranks do alike")
+        return alike
 
     def leave(self) -> None:
         """Bring all parts together; from now on everybody reads. Collective.
