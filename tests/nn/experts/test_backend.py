@@ -205,7 +205,8 @@ def test_state_that_does_not_fit_changes_nothing(change: Any, reason: str) -> No
 
 def test_snapshots_under_load_are_consistent() -> None:
     expert = Returning(lambda x, w: x * w)
-    backend = backend_of(expert)
+    # A power of two, so that a sum of thousands of steps is exact: a snapshot may wait for many of them.
+    backend = backend_of(expert, torch.optim.SGD(expert.parameters(), lr=0.125))
     start = expert.weight.detach().clone()
     x = torch.ones(1, DIM)
     stop = threading.Event()
@@ -216,10 +217,12 @@ def test_snapshots_under_load_are_consistent() -> None:
 
     with ThreadPoolExecutor(2) as executor:
         trainings = [executor.submit(train) for _ in range(2)]
-        for _ in range(20):
-            state = backend.get_full_state()
-            torch.testing.assert_close(state["model"]["weight"], start - 0.1 * state["stats"]["updates"])
-        stop.set()
+        try:
+            for _ in range(20):
+                state = backend.get_full_state()
+                assert torch.equal(state["model"]["weight"], start - 0.125 * state["stats"]["updates"])
+        finally:
+            stop.set()  # or the executor waits for them for ever
         for training in trainings:
             training.result(10)
 
