@@ -7,15 +7,15 @@ does not start MPI.
 import importlib
 from types import ModuleType
 
-from hpcpar import comm, errors, nn, optim
+from hpcpar import comm, errors, jobs, logs, nn, optim
 
-__all__ = ["__version__", "checkpoint", "comm", "errors", "nn", "optim"]
+__all__ = ["__version__", "checkpoint", "comm", "data", "errors", "jobs", "logs", "nn", "optim"]
 
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> ModuleType:
     """Import the packages that bring others with them (h5py) when they are first used."""
-    if name == "checkpoint":
-        return importlib.import_module("hpcpar.checkpoint")
+    if name in ("checkpoint", "data"):
+        return importlib.import_module(f"hpcpar.{name}")
     raise AttributeError(f"module 'hpcpar' has no attribute {name!r}")

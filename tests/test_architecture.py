@@ -2,7 +2,7 @@
 
 ::
 
-    errors  <-  comm  <-  { nn  optim  data  checkpoint  xla }  <-  cli
+    errors  <-  logs  <-  comm  <-  { nn  optim  data  checkpoint  jobs  xla }  <-  cli
 
 A layer may import itself and what is left of it. The ones in braces do not know each other: ``nn`` and
 ``optim`` meet through small interfaces of what they hand each other. Only ``comm`` knows mpi4py.
@@ -23,16 +23,18 @@ pytestmark = pytest.mark.local
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "hpcpar"
 
-BASE = {"errors", "comm"}
+BASE = {"errors", "logs", "comm"}
 MAY_IMPORT = {
     "errors": set(),
-    "comm": {"errors"},
+    "logs": {"errors"},
+    "comm": {"errors", "logs"},
     "nn": BASE,
     "optim": BASE,
     "data": BASE,
     "checkpoint": BASE,
+    "jobs": BASE,
     "xla": BASE,
-    "cli": BASE | {"nn", "optim", "data", "checkpoint", "xla"},
+    "cli": BASE | {"nn", "optim", "data", "checkpoint", "jobs", "xla"},
     "__main__": {"cli"},
 }
 MODULES = sorted(PACKAGE.rglob("*.py"))

@@ -24,6 +24,7 @@ from hpcpar.comm.objects import ObjectMessages
 from hpcpar.comm.request import wait_all
 from hpcpar.comm.topology import NodeMap, cores_per_rank
 from hpcpar.comm.watchdog import install_exception_hook, install_exit_hook
+from hpcpar.logs import configure_by_default
 
 if TYPE_CHECKING:
     from mpi4py import MPI as MPITypes
@@ -200,8 +201,9 @@ def world() -> Communicator:
     """All ranks of the job, on a duplicate of ``MPI.COMM_WORLD``. Collective on first use, then Local.
 
     The first call starts MPI if need be, checks that launcher and library belong together, sets torch's
-    number of threads to this rank's share of the cores it may use (unless ``OMP_NUM_THREADS`` is set), and
-    makes an uncaught exception on any rank end the job (:mod:`hpcpar.comm.watchdog`).
+    number of threads to this rank's share of the cores it may use (unless ``OMP_NUM_THREADS`` is set), makes
+    an uncaught exception on any rank end the job (:mod:`hpcpar.comm.watchdog`), and lets log records show
+    their rank (:mod:`hpcpar.logs`).
 
     Raises
     ------
@@ -225,4 +227,5 @@ def _world() -> Communicator:
         torch.set_num_threads(threads)
     install_exception_hook(communicator.rank, communicator.size)
     install_exit_hook(mpi)
+    configure_by_default(communicator.rank, communicator.size)
     return communicator

@@ -22,6 +22,7 @@ Parts of the model that differ between ranks, such as experts, are left alone an
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -35,7 +36,7 @@ from hpcpar.nn.gradient_reduction import GradientReduction, on_gradient
 from hpcpar.nn.joining import joined
 from hpcpar.nn.model_signature import check_same_model
 from hpcpar.nn.module_facts import batch_size, hides_parameters
-from hpcpar.nn.overlapping_optimizer import OverlappingOptimizer
+from hpcpar.nn.overlapping_optimizer import OverlappingOptimizer, check_overlapping
 from hpcpar.nn.own_gradients import (
     OwnGradients,
     own_gradient_modules,
@@ -44,6 +45,7 @@ from hpcpar.nn.own_gradients import (
 )
 from hpcpar.nn.reduction_options import ReductionOptions
 from hpcpar.nn.residual_state import load_residual_state, residual_state
+from hpcpar.nn.shared_flag import SharedFlag
 from hpcpar.nn.sparse_gradients import sparse_parameters
 
 if TYPE_CHECKING:
@@ -74,9 +76,9 @@ class DataParallel(nn.Module):
     broadcast_buffers
         Keep the buffers of all ranks equal to rank 0's.
     wire_dtype
-        ``torch.bfloat16`` or ``torch.float16``: gradients cross the network in this type (they are summed
-        in float32). ``torch.int8``: in eight bits, blockwise, and what rounding keeps back goes with the
-        next step; see :meth:`residual_state`. Shared memory keeps their own type.
+        ``torch.bfloat16`` or ``torch.float16``: gradients cross the network in this type, summed in float32.
+        ``torch.int8``: in eight bits, blockwise, and what rounding keeps back goes with the next step; see
+        :meth:`residual_state`. Shared memory keeps their own type.
     transport
         ``"auto"``, ``"shared_memory"`` or ``"mpi"``; see :class:`hpcpar.comm.Reducer`.
     progress
@@ -118,11 +120,7 @@ class DataParallel(nn.Module):
         progress: str = "auto",
     ) -> None:
         super().__init__()
-        if optimizer is not None and not (hasattr(optimizer, "attach") and hasattr(optimizer, "finish")):
-            raise TypeError(
-                "optimizer of DataParallel must be an hpcpar.optim.DataParallelOptimizer, got "
-                f"{type(optimizer).__name__}. Other optimizers are not passed; step() them as usual"
-            )
+        check_overlapping(optimizer)
         self.module = module
         self._comm: Communicator | None = world() if comm is None else comm
         self._optimizer = optimizer
@@ -142,6 +140,7 @@ class DataParallel(nn.Module):
     def _reset(self) -> None:
         self._gradients: GradientReduction | None = None
         self._own: list[OwnGradients] = []
+        self._flag = SharedFlag()
         self._trainable: list[bool] = []
         self._synchronize = True
         self._scatter: str | None = None
@@ -241,6 +240,11 @@ class DataParallel(nn.Module):
         """The ranks it was given; ``None`` of a copy that has not trained yet. Local."""
         return self._comm
 
+    @property
+    def flag(self) -> SharedFlag | None:
+        """A bit that every reduction carries to all ranks; ``None`` where none does. Local."""
+        return None if self._gradients is None else self._flag
+
     def reduced_parameters(self) -> list[nn.Parameter]:
         """The parameters that are trained now and whose gradients are averaged in buckets. Local."""
         sparse = {id(parameter) for parameter in sparse_parameters(self.module)}
@@ -338,10 +342,7 @@ class DataParallel(nn.Module):
         self._reset()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DataParallel:
-        import copy
-
-        twin = type(self).__new__(type(self))
-        memo[id(self)] = twin
+        memo[id(self)] = twin = type(self).__new__(type(self))
         twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         twin._comm = self._comm
         return twin
@@ -412,6 +413,7 @@ class DataParallel(nn.Module):
             scatter=self._scatter,
         )
         self._gradients.after_end = self._synchronize_buffers
+        self._gradients.flag = self._flag
         self._apply_synchronize()
         if self._optimizer is not None:
             self._optimizer.attach(self._gradients)

@@ -107,6 +107,11 @@ class DataParallelMultiGPU(DataParallel):
             self._gradients.within_node = within_node
 
     @property
+    def flag(self) -> None:
+        """None: in cycling, gradients reach the ranks of a node only. Local."""
+        return None
+
+    @property
     def node_map(self) -> NodeMap:
         """Which ranks are on which node. Local."""
         return self._node_map

@@ -9,9 +9,10 @@ parameters has fired. When the outermost backward ends, a callback settles what 
     buckets               publish 0  |        publish 1 |  unfired parameters, tail, wait
     reducer                 ---- bucket 0 ---   ---- bucket 1 ----   -- tail --
 
-*The tail* is one more bucket, with a number per parameter (did it get a gradient on this rank?) and per
-buffer (did it change?). Its mean tells every rank which parameters were used anywhere; those that were not
-keep ``grad is None``. A parameter that did not fire contributes the gradient it already has, else zero.
+*The tail* is one more bucket, with a number per parameter (did it get a gradient on this rank?), per buffer
+(did it change?), and for the :class:`~hpcpar.nn.shared_flag.SharedFlag`. Its mean tells every rank which
+parameters were used anywhere; those that were not keep ``grad is None``. A parameter that did not fire
+contributes the gradient it already has, else zero.
 
 Invariants:
 
@@ -47,6 +48,7 @@ from hpcpar.errors import HpcparError
 from hpcpar.nn.progress_trial import ProgressTrial
 from hpcpar.nn.reduction_options import ReductionOptions
 from hpcpar.nn.scattered_gradient import ScatteredGradient
+from hpcpar.nn.shared_flag import SharedFlag
 from hpcpar.nn.sparse_gradients import average_sparse
 from hpcpar.nn.watched_tensors import WatchedTensors
 
@@ -85,6 +87,8 @@ class GradientReduction:
         Whether ranks that have run out of batches do nothing but steps, so that nobody may clip.
     within_node : bool
         Whether the next reduction is one of this node's ranks only; all of them must say the same.
+    flag : SharedFlag
+        A bit that goes along with every reduction over all ranks.
 
     Notes
     -----
@@ -114,6 +118,7 @@ class GradientReduction:
         self.ends_with_backward = True
         self.within_node = False
         self.sits_out_with_steps_only = False
+        self.flag = SharedFlag()
         self.weight: Callable[[], float] | None = None
         self.overlapped: Callable[[], None] | None = None
         self.before_begin: Callable[[], None] = lambda: None
@@ -150,7 +155,7 @@ class GradientReduction:
         return layouts, parts
 
     def _make_reducer(self, comm: Communicator, options: ReductionOptions) -> Reducer:
-        tail = BucketLayout(torch.float32, max(1, len(self.parameters) + len(self._buffers.names)))
+        tail = BucketLayout(torch.float32, len(self.parameters) + len(self._buffers.names) + 1)
         devices = [self.parameters[layout.slots[0].index].device for layout in self.layouts]
         return Reducer(
             comm,
@@ -199,13 +204,27 @@ class GradientReduction:
         if self._resolved[bucket]:
             return
         self.reducer.wait(bucket)
-        if not self._used:
-            self.reducer.wait(self._tail)
-            self._used = self.reducer.flats[self._tail].tolist()
+        self._read_tail()
         for slot in self.layouts[bucket].slots:
             parameter = self.parameters[slot.index]
             parameter.grad = self._result(slot.index) if self._used[slot.index] > 0.0 else None
         self._resolved[bucket] = True
+
+    def _read_tail(self) -> None:
+        if not self._used:
+            self.reducer.wait(self._tail)
+            self._used = self.reducer.flats[self._tail].tolist()
+
+    def _see_flag(self) -> None:
+        """Learn of the flags of the reduction that is over; one within a node says nothing of others."""
+        self._read_tail()
+        if not self.within_node:
+            self.flag.seen = self._used[-1] > 0.0
+
+    def _see_overlapped_flag(self) -> None:
+        """Before a step begins: that of the one before, whose end this rank may have seen at any time."""
+        if self.overlapped is not None and self._used:
+            self._see_flag()
 
     def _result(self, index: int) -> torch.Tensor:
         view = self._views[index]
@@ -230,6 +249,7 @@ class GradientReduction:
     def shadow_step(self) -> bool:
         """Take part in one reduction with nothing to contribute; false when no rank is active. Collective."""
         self.before_begin()
+        self._see_overlapped_flag()
         self._trial.begin_step()
         self.reducer.begin(0.0, active=False, within_node=self.within_node)
         if self.reducer.active_ranks() == 0:
@@ -241,6 +261,8 @@ class GradientReduction:
         self._resolved = [False] * len(self.layouts)
         self._used = []
         self.wait_all()
+        if self.overlapped is None:
+            self._see_flag()
         self._average_sparse(0.0)
         return True
 
@@ -322,6 +344,7 @@ class GradientReduction:
 
     def _begin(self) -> None:
         self.before_begin()
+        self._see_overlapped_flag()
         self._trial.begin_step()
         self._weight = None if self.weight is None else self.weight()
         self.reducer.begin(self._weight, average=self._average, within_node=self.within_node)
@@ -369,7 +392,8 @@ class GradientReduction:
         self._expected = [max(times, 1) for times in self._fired]
         for bucket in sorted(self._unpublished):
             self._publish(bucket)
-        self.reducer.flats[self._tail].copy_(torch.tensor([*used, *self._buffers.changes()] or [1.0]))
+        tail = [*used, *self._buffers.changes(), float(self.flag.raised)]
+        self.reducer.flats[self._tail].copy_(torch.tensor(tail))
         self.reducer.publish(self._tail)
         self._open = False
         self._average_sparse(1.0 if self._weight is None else self._weight)
@@ -378,12 +402,13 @@ class GradientReduction:
             self.overlapped()
         else:
             self.wait_all()
+            self._see_flag()
 
     def _exchange_buffers(self) -> None:
         if not self._buffers.names:
             return
         self.reducer.wait(self._tail)
-        flags = self.reducer.flats[self._tail][len(self.parameters) :].tolist()
+        flags = self.reducer.flats[self._tail][len(self.parameters) : -1].tolist()
         self.after_end([name for name, flag in zip(self._buffers.names, flags, strict=True) if flag > 0.0])
         self._buffers.remember()
 
