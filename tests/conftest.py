@@ -58,6 +58,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         local = [item for item in items if "local" in item.keywords]
         config.hook.pytest_deselected(items=local)
         items[:] = [item for item in items if "local" not in item.keywords]
+    elsewhere = [item for item in items if runs_on_another_mpi(item)]
+    config.hook.pytest_deselected(items=elsewhere)
+    items[:] = [item for item in items if item not in elsewhere]
     for item in items:
         if item.path.is_relative_to(LAUNCHED):
             item.add_marker("launch")
@@ -65,6 +68,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs much memory or time: --large"))
         if "cuda" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def runs_on_another_mpi(item: pytest.Item) -> bool:
+    """Whether a test needs one MPI only, and tests/matrix.py runs it on that one."""
+    mark = item.get_closest_marker("one_mpi")
+    here, everywhere = os.environ.get("HPCPAR_TEST_MPI"), os.environ.get("HPCPAR_TEST_MPIS", "").split()
+    return mark is not None and mark.args[0] in everywhere and mark.args[0] != here
 
 
 # ---- time limit --------------------------------------------------------------------------------------------

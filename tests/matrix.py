@@ -7,8 +7,11 @@
     Open MPI         x         x         x         x         x
 
 A cell is one ``mpirun -n N`` of pytest; "launched" is one ordinary pytest of ``tests/launched``, whose tests
-start ``mpirun`` themselves. Cells run one after the other, for each uses all cores. Rank 0 writes to the
-screen, the others to ``build/tests/<mpi>-<ranks>/rank<r>.txt``, of which the ends are shown on failure.
+start ``mpirun`` themselves. Cells run one after the other, for each uses all cores. What tests scripts rather
+than the library, such as the examples, is marked ``one_mpi`` and runs on that one if both are chosen.
+
+Rank 0 writes to the screen, the others to ``build/tests/<mpi>-<ranks>/rank<r>.txt``, of which the ends are
+shown on failure.
 
 A cell over its time limit prints the stacks of its ranks, is ended with everything it started, and has
 failed. The last line reads ``N passed, M failed, K skipped``, over all cells; the exit status is 0 if none
@@ -169,7 +172,8 @@ def start(cell: Cell, options: argparse.Namespace, folder: Path) -> Job:
     selection += ["--large"] if options.large else []
     program = [python, str(ROOT / "tests/rank_main.py"), str(folder), "-q", *selection, *cell.paths]
     command = program if cell.ranks is None else launcher.command(cell.ranks, program)
-    return Job(command, env=launcher.environment(ENVIRONMENT))
+    which = {"HPCPAR_TEST_MPI": cell.mpi, "HPCPAR_TEST_MPIS": " ".join(options.mpi)}
+    return Job(command, env=launcher.environment({**ENVIRONMENT, **which}))
 
 
 def read_tally(path: Path, result: Result) -> None:

@@ -14,6 +14,8 @@ import pytest
 from tests.hosts import why_not
 from tests.launching import LaunchResult, launch
 
+pytestmark = pytest.mark.one_mpi("mpich")
+
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 

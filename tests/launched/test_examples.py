@@ -12,6 +12,8 @@ import pytest
 from tests.examples.idx_files import idx_bytes, write_set
 from tests.launching import LaunchResult, launch
 
+pytestmark = pytest.mark.one_mpi("openmpi")
+
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 # 150 is no multiple of 7, 7 is odd, and 3 is less than 4: short last batches, unequal and empty slices.
 DIGITS = ["--limit", "150", "--epochs", "2", "--batch-size", "7", "--no-plot"]

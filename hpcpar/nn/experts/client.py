@@ -23,6 +23,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from hpcpar.nn.experts.eager import never_compiled
 from hpcpar.nn.experts.network import ExpertNetwork, ExpertRecord, Procedure
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ class RemoteExpert(nn.Module):
         """What is known of the expert: ranks, schema. Local."""
         return ExpertNetwork.of(self._comm).record(self.uid)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @never_compiled
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the expert; outputs are nested as it returns them. Point-to-point."""
         network = ExpertNetwork.of(self._comm)

@@ -32,6 +32,7 @@ from hpcpar.errors import HpcparError
 from hpcpar.nn.experts.call import Call, agree_on_call, agree_on_output, judge
 from hpcpar.nn.experts.construction import Expert, build_experts, describe_layer, draw_seed
 from hpcpar.nn.experts.dispatch import combine, dispatch, without_rows
+from hpcpar.nn.experts.eager import never_compiled
 from hpcpar.nn.experts.exchange import Exchange
 from hpcpar.nn.experts.gate import TopKGate
 from hpcpar.nn.experts.local_experts import LocalExperts
@@ -140,7 +141,7 @@ class MixtureOfExperts(nn.Module):
 
     # Running ---------------------------------------------------------------------------------------------
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # MPI is not for tracing
+    @never_compiled
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Send tokens through their experts. Collective, as is the backward.
 

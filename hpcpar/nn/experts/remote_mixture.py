@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from hpcpar.errors import MismatchError
+from hpcpar.nn.experts.eager import never_compiled
 from hpcpar.nn.experts.many_calls import ManyCalls, call_many
 from hpcpar.nn.experts.network import ExpertNetwork
 from hpcpar.nn.experts.product_key import ExpertGrid, ProductKeyGate
@@ -172,7 +173,7 @@ class RemoteMixtureOfExperts(_RemoteGridLayer):
         )
         self.k_best = k_best
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @never_compiled
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Outputs nested as those of an expert. Point-to-point."""
         found = self._find()
@@ -242,7 +243,7 @@ class RemoteSwitchMixtureOfExperts(_RemoteGridLayer):
         )
         self.jitter, self.capacity_factor = jitter, capacity_factor
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @never_compiled
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[Any, torch.Tensor]:
         """Outputs nested as those of an expert, and the balancing loss. Point-to-point."""
         found = self._find()
