@@ -18,7 +18,7 @@ class Exchanging(nn.Module):
     def forward(self, x: torch.Tensor, *, factor: float) -> torch.Tensor:
         """Says what it does."""
         assert not torch.compiler.is_compiling()
-        return x * factor if float(x.sum()) > 0 else -x
+        return x * factor if float(x.detach().sum()) > 0 else -x
 
 
 class Model(nn.Module):
