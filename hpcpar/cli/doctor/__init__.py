@@ -1,0 +1,1 @@
+"""``hpcpar doctor``: facts are gathered, then judged by a table of small checks, then explained."""
