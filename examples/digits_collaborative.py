@@ -28,7 +28,7 @@ import hpcpar
 import reporting
 from digits import LabelledImages, endless_batches
 from digits_options import Options
-from digits_trainers import TrainedEpoch, Trainer, make_sgd
+from digits_trainers import Position, TrainedEpoch, Trainer, make_sgd
 from hpcpar.comm import Communicator, wait_for_peers
 
 __all__ = ["CollaborativeTrainer", "Contributions", "draw_contributions"]
@@ -112,7 +112,10 @@ class CollaborativeTrainer(Trainer):
         self._contributions = Contributions(step)
 
     def train_epoch(self, epoch: int, reporter: reporting.Reporter) -> TrainedEpoch:
-        """As many global steps as there are in an epoch, with whatever this rank has time for."""
+        """As many global steps as there are in an epoch, with whatever this rank has time for.
+
+        Ranks at a pace of their own have no step in common at which to stop, so a stop waits for the end.
+        """
         start_s, loss_sum, drawn, waited_s = time.perf_counter(), 0.0, 0, 0.0
         goal = self.optimizer.local_step + self.steps_per_epoch
         self.model.train()
@@ -120,6 +123,7 @@ class CollaborativeTrainer(Trainer):
             batch = next(self._micro_batches)
             loss_sum += self.compute(batch) * len(batch)
             drawn += len(batch)
+            time.sleep(self.options.step_delay)
             before_s = time.perf_counter()
             self.optimizer.step(len(batch))
             waited_s += time.perf_counter() - before_s
@@ -127,12 +131,13 @@ class CollaborativeTrainer(Trainer):
             for _ in range(self._contributions.update(len(batch), self.optimizer.local_step, accumulated)):
                 reporter.step()
         self.meet()
+        self.position = Position(epoch, self.steps_per_epoch, torch.zeros((), dtype=torch.float64))
         wall_s = time.perf_counter() - start_s
         counts: list[int] = self.comm.allgather(drawn)
-        loss, waited_s = common.sum_over_ranks(self.comm, loss_sum, waited_s)
+        loss, waited_s, wall_s = common.sum_over_ranks(self.comm, loss_sum, waited_s, wall_s)
         note = f"{min(counts)} to {max(counts)} samples per rank"
         samples = sum(counts)
-        return TrainedEpoch(loss / samples, samples / wall_s, waited_s / self.comm.size / wall_s, note)
+        return TrainedEpoch(loss / samples, samples * self.comm.size / wall_s, waited_s / wall_s, note)
 
     def compute(self, batch: torch.Tensor) -> float:
         """Forward and backward of a micro-batch, as slowly as this rank is. Returns the mean loss. Local."""

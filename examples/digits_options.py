@@ -46,9 +46,10 @@ class Options:
     slow: list[tuple[int, float]]
     delayed_averaging: bool
     averaging_timeout: float | None
-    save: Path | None
-    save_every: int
-    resume: Path | None
+    checkpoints: Path | None
+    checkpoint_every: int
+    keep: int
+    step_delay: float
     device: str
     output: Path
     plot: bool
@@ -69,9 +70,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--lr", type=common.positive_float, default=0.02, help="initial learning rate")
     add("--seed", type=common.non_negative_int, default=0, help="of the weights and the order of samples")
     _add_optimizers(parser)
-    add("--save", type=Path, metavar="DIR", help="write the whole state to DIR/epoch-N.h5")
-    add("--save-every", type=common.positive_int, default=5, metavar="N", help="epochs from file to file")
-    add("--resume", type=Path, metavar="FILE", help="go on from such a file, with any number of ranks")
+    add(
+        "--checkpoints", type=Path, metavar="DIR", help="write states to DIR, and go on from the newest there"
+    )
+    add("--checkpoint-every", type=common.positive_int, default=5, metavar="N", help="epochs between them")
+    add("--keep", type=common.positive_int, default=2, metavar="N", help="how many of them stay")
+    add("--step-delay", type=common.non_negative_float, default=0.0, metavar="S", help="sleep in each step")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
     add("--output", type=Path, default=OUTPUT, metavar="DIR", help="for history and curves")
     add("--plot", action=argparse.BooleanOptionalAction, default=True, help="draw the curves")

@@ -15,7 +15,7 @@ import math
 import time
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,7 @@ from hpcpar.comm import Communicator
 __all__ = [
     "DasoTrainer",
     "DataParallelTrainer",
+    "Interrupted",
     "LockStepTrainer",
     "ShardedTrainer",
     "TrainedEpoch",
@@ -62,6 +63,24 @@ class TrainedEpoch:
     note: str = ""
 
 
+class Interrupted(Exception):
+    """The job is to stop, in the middle of an epoch; the trainer's state says where. On all ranks."""
+
+
+@dataclass
+class Position:
+    """Where an epoch stands: its steps so far, and this rank's part of the loss of their samples."""
+
+    epoch: int
+    step: int
+    loss_sum: torch.Tensor
+
+    @classmethod
+    def start_of(cls, epoch: int, device: torch.device) -> Position:
+        """Nothing of it is done."""
+        return cls(epoch, 0, torch.zeros((), dtype=torch.float64, device=device))
+
+
 def make_sgd(net: nn.Module, options: Options) -> torch.optim.SGD:
     """The optimizer of one rank."""
     return torch.optim.SGD(net.parameters(), lr=options.lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
@@ -75,6 +94,7 @@ class Trainer(ABC):
     model, optimizer : set by the subclass.
     batch_size : samples of all ranks together that make a step.
     steps_per_epoch : steps of one pass over the training set.
+    stops : says after each step, the same on all ranks, whether the job is to stop.
     """
 
     model: nn.Module
@@ -86,10 +106,22 @@ class Trainer(ABC):
         self.train, self.comm, self.options, self.device = train, comm, options, device
         self.batch_size = options.target_batch_size or options.batch_size
         self.steps_per_epoch = math.ceil(len(train) / self.batch_size)
+        self.stops: Callable[[], bool] = lambda: False
+        self.position = Position.start_of(1, device)
+
+    @property
+    def flag_carrier(self) -> nn.Module | None:
+        """The model whose reductions can tell all ranks that the job is to stop. Local."""
+        return self.model if isinstance(self.model, hpcpar.nn.DataParallel) else None
+
+    @property
+    def steps_done(self) -> int:
+        """Steps since the first epoch began. Local."""
+        return (self.position.epoch - 1) * self.steps_per_epoch + self.position.step
 
     @abstractmethod
     def train_epoch(self, epoch: int, reporter: reporting.Reporter) -> TrainedEpoch:
-        """One epoch, counted from 1."""
+        """One epoch, counted from 1, or the rest of it. Raises `Interrupted` when the job is to stop."""
 
     def samples(self, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Images and labels of these numbers in the training set. Local."""
@@ -112,12 +144,21 @@ class Trainer(ABC):
     def state_dict(self) -> dict[str, Any]:
         """Everything the next epoch depends on; it loads on any number of ranks."""
         optimizer = self.optimizer.state_dict()  # first: DASO makes the nodes' models one for it
-        return {"model": self.model.state_dict(), "optimizer": optimizer}
+        loss_sums = self.comm.allgather(float(self.position.loss_sum))
+        position = {"epoch": self.position.epoch, "step": self.position.step, "loss_sums": loss_sums}
+        return {"model": self.model.state_dict(), "optimizer": optimizer, "position": position}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state, which all ranks have."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        position = state["position"]
+        loss_sums = position["loss_sums"]
+        if len(loss_sums) != self.comm.size:  # only their sum matters then
+            loss_sums = [math.fsum(loss_sums)] + [0.0] * (self.comm.size - 1)
+        self.position = Position.start_of(position["epoch"], self.device)
+        self.position.step = position["step"]
+        self.position.loss_sum += loss_sums[self.comm.rank]
 
     def figures(self) -> dict[str, Any]:
         """More for the history; rank 0's counts."""
@@ -142,21 +183,28 @@ class LockStepTrainer(Trainer):
     model: hpcpar.nn.DataParallel
 
     def train_epoch(self, epoch: int, reporter: reporting.Reporter) -> TrainedEpoch:
-        """One epoch, counted from 1."""
+        """One epoch, counted from 1, or the rest of it. Raises `Interrupted` when the job is to stop."""
         samples = len(self.train)
         batches = epoch_batches(samples, self.batch_size, self.options.seed, epoch)
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        if self.position.epoch != epoch:
+            self.position = Position.start_of(epoch, self.device)
+        position = self.position
+        still_to_do = sum(len(batch) for batch in batches[position.step :])
         exposed_before_s, start_s = self.exposed_s(), time.perf_counter()
         self.model.train()
-        for number, batch in enumerate(batches):
-            step = (epoch - 1) * len(batches) + number
-            factor = common.warmup_cosine(step, self.options.epochs * len(batches), warmup_steps=0)
-            loss_sum += self.train_step(batch, self.options.lr * factor)
+        for batch in batches[position.step :]:
+            factor = common.warmup_cosine(self.steps_done, self.options.epochs * len(batches), warmup_steps=0)
+            position.loss_sum += self.train_step(batch, self.options.lr * factor)
+            position.step += 1
             reporter.step()
+            time.sleep(self.options.step_delay)
+            if self.stops():
+                raise Interrupted
         exposed_s = self.exposed_s() - exposed_before_s
-        loss, exposed_s = common.sum_over_ranks(self.comm, float(loss_sum), exposed_s)
         wall_s = time.perf_counter() - start_s
-        return TrainedEpoch(loss / samples, samples / wall_s, exposed_s / self.comm.size / wall_s)
+        sums = common.sum_over_ranks(self.comm, float(position.loss_sum), exposed_s, wall_s)
+        loss, exposed_s, wall_s = sums  # times of all ranks, so that the figures are the same on each
+        return TrainedEpoch(loss / samples, still_to_do * self.comm.size / wall_s, exposed_s / wall_s)
 
     def train_step(self, batch: torch.Tensor, learning_rate: float) -> torch.Tensor:
         """One optimizer step on a global batch. Returns the summed loss of this rank's slice.

@@ -1,8 +1,8 @@
-"""What rank 0 shows and writes: a line per epoch or evaluation, a progress bar, curves, history.
+"""What rank 0 shows and writes: a line per epoch or evaluation, progress, curves, history.
 
 Every rank calls the same methods and the other ranks stay silent, so the training loop carries no
-``if rank == 0``. Nothing here communicates. The progress bar appears only on a terminal: in a
-batch job's log file there is exactly one line per report.
+``if rank == 0``. Nothing here communicates. Progress is a bar on a terminal, and a line of the log now and
+then elsewhere: see `hpcpar.logs`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+import hpcpar
 from common import UserError
+from hpcpar.comm import Communicator
 
 __all__ = [
     "Curve",
@@ -34,22 +36,20 @@ Curve = tuple[str, Sequence[float], Sequence[float]]
 
 
 class Reporter:
-    """Lines on standard output and, on a terminal, a progress bar. Only rank 0 shows anything.
+    """Lines on standard output and progress, as a bar or in the log. Only rank 0 shows anything.
 
     Parameters
     ----------
-    rank : this process's rank.
-    total_steps : optimizer steps of the whole run, the length of the bar.
+    comm : the ranks.
+    total_steps : optimizer steps of the whole run.
     """
 
-    def __init__(self, rank: int, total_steps: int) -> None:
-        self._shows = rank == 0
-        self._bar = _progress_bar() if self._shows and sys.stderr.isatty() else None
-        self._task = self._bar.add_task("training", total=total_steps) if self._bar else None
+    def __init__(self, comm: Communicator, total_steps: int) -> None:
+        self._shows = comm.rank == 0
+        self._progress = hpcpar.logs.Progress("training", total_steps, comm)
 
     def __enter__(self) -> Reporter:
-        if self._bar:
-            self._bar.start()
+        self._progress.__enter__()
         return self
 
     def __exit__(
@@ -58,39 +58,23 @@ class Reporter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._bar:
-            self._bar.stop()
-            self._bar = None
+        self._progress.__exit__(kind, error, traceback)
+
+    def skip(self, steps: int) -> None:
+        """So many were done by the job before."""
+        self._progress.skip(steps)
 
     def step(self) -> None:
         """One more optimizer step is done."""
-        if self._bar:
-            self._bar.advance(self._task)
+        self._progress.advance()
 
     def line(self, text: str) -> None:
         """Print one line, above the bar if there is one."""
-        if self._bar and sys.stdout.isatty():
-            self._bar.console.print(text, soft_wrap=True, markup=False, highlight=False)
+        console = self._progress.console
+        if console is not None and sys.stdout.isatty():
+            console.print(text, soft_wrap=True, markup=False, highlight=False)
         elif self._shows:
             print(text, flush=True)
-
-
-def _progress_bar() -> Any:
-    """A rich progress bar on standard error, or None where rich is not installed."""
-    try:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-    except ImportError:
-        return None
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-        redirect_stdout=False,  # lines that go to a file must still go there
-    )
 
 
 def prepare_output(folder: Path) -> None:

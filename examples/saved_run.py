@@ -4,11 +4,9 @@
                       blocks.1.mlp.expert.0.h5      an expert, with its part of the optimizer's state
                       blocks.1.mlp.expert.1.h5 ...
 
-    <folder>/epoch-10.h5                            a state that all ranks have alike, as one file
-
 `hpcpar.checkpoint.save_experts` writes what has a state under a name, each in a file of its own; what several
 ranks have is written by the first of them and read by all. So the common part of the model is saved as if it
-were one more expert, which lives everywhere. Without experts there is just one file, of `write_shared`.
+were one more expert, which lives everywhere.
 """
 
 from __future__ import annotations
@@ -23,11 +21,11 @@ from torch import nn
 
 import common
 import hpcpar
-from hpcpar.checkpoint import load_experts, read_state, save_experts, write_state
+from hpcpar.checkpoint import load_experts, save_experts
 from hpcpar.comm import Communicator
 from hpcpar.errors import CheckpointError
 
-__all__ = ["read_shared", "resume_run", "save_run", "write_shared"]
+__all__ = ["reported", "resume_run", "save_run"]
 
 TRUNK = "trunk"
 
@@ -66,23 +64,6 @@ def resume_run(folder: Path, net: nn.Module, optimizer: torch.optim.Optimizer, c
     with reported():
         load_experts(folder, {TRUNK: trunk, **hpcpar.nn.layer_experts(net, optimizer)}, comm)
     return trunk.step
-
-
-def write_shared(path: Path, state: Mapping[str, Any], comm: Communicator) -> None:
-    """Let rank 0 write a state that all ranks have alike. **Collective**; a failure ends the job."""
-    with common.user_errors_end_the_job(comm), reported():
-        if comm.rank == 0:
-            write_state(path, dict(state))
-
-
-def read_shared(path: Path, comm: Communicator) -> dict[str, Any]:
-    """Give all ranks what `write_shared` wrote. **Collective**; a failure ends the job."""
-    state: dict[str, Any] | None = None
-    with common.user_errors_end_the_job(comm), reported():
-        if comm.rank == 0:
-            state = read_state(path)
-    state = comm.bcast(state, root=0)
-    return state
 
 
 @contextmanager

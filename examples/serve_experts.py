@@ -122,7 +122,7 @@ def train(
     rows: list[dict[str, float]] = []
     recent = torch.zeros((), dtype=torch.float64)
     start_s = time.perf_counter()
-    with reporting.Reporter(clients.rank, options.steps) as reporter:
+    with reporting.Reporter(clients, options.steps) as reporter:
         for step in range(options.steps):
             recent += train_step(model, optimizer, step, text, options, clients)
             end_step(load, reporter)

@@ -20,6 +20,9 @@ each rank computes on its slice of every batch. In full, it is this:
         (loss_sum * comm.size / len(batch)).backward()      # .grad is now the global mean
         optimizer.step()
 
+In a batch job it stops when the system says so, or just before the time is up, and goes on when it is started
+again with the same ``--checkpoints``: see `hpcpar.jobs.Preemption` and the scripts in ``jobs/``.
+
 The result does not depend on the number of ranks, up to rounding: the order of samples is a
 function of seed and epoch, no sample is padded or dropped, and the net normalises each image by
 itself (group norm, not batch norm) and has no dropout. Two of the optimizers give that up on purpose: DASO
@@ -29,9 +32,8 @@ and the collaborative one.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from statistics import harmonic_mean
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -74,38 +76,81 @@ class EpochResult:
 
 
 def run_epochs(
-    trainer: digits_trainers.Trainer, dataset: Dataset, first: int, reporter: reporting.Reporter
-) -> list[EpochResult]:
-    """Train, evaluate and, if wanted, save, from the first of the epochs to the last. **Collective.**"""
-    options, results = trainer.options, []
-    for epoch in range(first, options.epochs + 1):
-        trained = trainer.train_epoch(epoch, reporter)
+    trainer: digits_trainers.Trainer,
+    dataset: Dataset,
+    results: list[EpochResult],
+    reporter: reporting.Reporter,
+    preemption: hpcpar.jobs.Preemption,
+) -> None:
+    """Train and evaluate the epochs that are left, with a checkpoint now and then. **Collective.**
+
+    When the job is to stop, be it in the middle of an epoch, a checkpoint is written and the script ends.
+    """
+    options = trainer.options
+    for epoch in range(len(results) + 1, options.epochs + 1):
+        try:
+            trained = trainer.train_epoch(epoch, reporter)
+        except digits_trainers.Interrupted:
+            leave(trainer, results, reporter, preemption)
         test_loss, accuracy = trainer.evaluate(dataset.test)
         figures = (trained.samples_per_s, trained.exposed_share, trained.note)
         results.append(EpochResult(epoch, trained.loss, test_loss, accuracy, *figures))
         reporter.line(str(results[-1]))
-        if options.save and (epoch % options.save_every == 0 or epoch == options.epochs):
-            save(options.save / f"epoch-{epoch}.h5", trainer, epoch)
-    return results
+        if epoch < options.epochs and preemption.requested(now=True):
+            leave(trainer, results, reporter, preemption)
+        if epoch == options.epochs or epoch % options.checkpoint_every == 0:
+            save(trainer, results)
 
 
-def save(path: Path, trainer: digits_trainers.Trainer, epoch: int) -> None:
-    """Write everything that the next epoch depends on. **Collective.**"""
-    state = {"optimizer": trainer.options.optimizer, "epoch": epoch, "state": trainer.state_dict()}
-    saved_run.write_shared(path, state, trainer.comm)
+def make_preemption(trainer: digits_trainers.Trainer) -> hpcpar.jobs.Preemption:
+    """What says that the job is to stop; nothing does where no checkpoint can be written. **Collective.**"""
+    if trainer.options.checkpoints is None:
+        return hpcpar.jobs.Preemption(trainer.comm, signals=(), margin_s=None)
+    return hpcpar.jobs.Preemption(trainer.comm, model=trainer.flag_carrier)
 
 
-def resume(path: Path, trainer: digits_trainers.Trainer) -> int:
-    """Read what `save` wrote. **Collective.** Returns the epochs done so far."""
-    saved = saved_run.read_shared(path, trainer.comm)
-    options, epoch = trainer.options, int(saved["epoch"])
-    with common.user_errors_end_the_job(trainer.comm):
+def leave(
+    trainer: digits_trainers.Trainer,
+    results: list[EpochResult],
+    reporter: reporting.Reporter,
+    preemption: hpcpar.jobs.Preemption,
+) -> NoReturn:
+    """Write a checkpoint and end the script, with a status that asks to be started again. **Collective.**"""
+    save(trainer, results)
+    reporter.line(f"stopped after step {trainer.steps_done}: {preemption.reason}")
+    trainer.close()
+    preemption.leave()
+
+
+def save(trainer: digits_trainers.Trainer, results: list[EpochResult]) -> None:
+    """Write everything that the next step depends on, if there is a place for it. **Collective.**"""
+    options, folder = trainer.options, trainer.options.checkpoints
+    if folder is None:
+        return
+    state = {
+        "optimizer": options.optimizer,
+        "results": [asdict(result) for result in results],
+        "trainer": trainer.state_dict(),
+    }
+    with common.user_errors_end_the_job(trainer.comm), saved_run.reported():
+        hpcpar.checkpoint.save(folder / f"step-{trainer.steps_done}", state, trainer.comm, keep=options.keep)
+
+
+def resume(trainer: digits_trainers.Trainer, reporter: reporting.Reporter) -> list[EpochResult]:
+    """Go on from the newest checkpoint, if there is one. **Collective.** Returns the epochs done so far."""
+    options, comm = trainer.options, trainer.comm
+    with common.user_errors_end_the_job(comm), saved_run.reported():
+        newest = hpcpar.checkpoint.latest(options.checkpoints) if options.checkpoints else None
+        newest = comm.bcast(newest, root=0)
+        if newest is None:
+            return []
+        saved = hpcpar.checkpoint.load(newest, comm=comm)
         if saved["optimizer"] != options.optimizer:
-            raise common.UserError(f"--resume {path}: that is a training by --optimizer {saved['optimizer']}")
-        if epoch >= options.epochs:
-            raise common.UserError(f"--resume {path}: has {epoch} epochs, so --epochs must be more than that")
-    trainer.load_state_dict(saved["state"])
-    return epoch
+            raise common.UserError(f"{newest} is of a training by --optimizer {saved['optimizer']}")
+    trainer.load_state_dict(saved["trainer"])
+    results = [EpochResult(**result) for result in saved["results"]]
+    reporter.line(f"goes on from {newest}, after {len(results)} epochs")
+    return results
 
 
 def write_results(
@@ -141,8 +186,6 @@ def main() -> None:
         check_options(options, comm.size)
         device = common.choose_device(comm, options.device)
         if comm.rank == 0:
-            if options.resume and not options.resume.is_file():
-                raise common.UserError(f"--resume {options.resume}: no such file")
             sets = load_idx_folder(options.data) if options.data else load_digits()
             reporting.prepare_output(options.output)
     dataset = broadcast_dataset(sets, options.limit, comm)
@@ -150,10 +193,16 @@ def main() -> None:
     torch.manual_seed(options.seed)
     net = build_net(dataset.train.images, dataset.classes).to(device)
     trainer = TRAINERS[options.optimizer](net, dataset.train, comm, options, device)
-    done = resume(options.resume, trainer) if options.resume else 0
-    with reporting.Reporter(comm.rank, (options.epochs - done) * trainer.steps_per_epoch) as reporter:
-        results = run_epochs(trainer, dataset, done + 1, reporter)
-    rate = harmonic_mean(result.samples_per_s for result in results)
+    with (
+        reporting.Reporter(comm, options.epochs * trainer.steps_per_epoch) as reporter,
+        make_preemption(trainer) as preemption,
+    ):
+        trainer.stops = preemption.requested
+        results = resume(trainer, reporter)
+        reporter.skip(trainer.steps_done)
+        run_epochs(trainer, dataset, results, reporter, preemption)
+    # An epoch of which a restarted job had nothing left to do has no rate.
+    rate = harmonic_mean([result.samples_per_s for result in results if result.samples_per_s > 0] or [0.0])
     accuracy = 100 * results[-1].test_accuracy
     reporter.line(f"final test accuracy {accuracy:.2f} %, {rate:.0f} samples/s on {comm.size} rank(s)")
     figures = {"checksums": trainer.close(), **trainer.figures()}

@@ -72,7 +72,7 @@ def train(
 ) -> list[Evaluation]:
     """The whole run, or the rest of it: stretches of steps, with an evaluation after each."""
     evaluations: list[Evaluation] = []
-    with reporting.Reporter(trainer.comm.rank, options.steps - first_step) as reporter:
+    with reporting.Reporter(trainer.comm, options.steps - first_step) as reporter:
         for first in range(first_step, options.steps, options.eval_every):
             steps = range(first, min(first + options.eval_every, options.steps))
             train_loss, bytes_per_s, waiting_share = trainer.run_stretch(steps, training, reporter)

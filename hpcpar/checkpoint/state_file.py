@@ -2,11 +2,12 @@
 
 ::
 
-    /structure        JSON text: the state, with {"$": "tensor", "n": 3} in the place of a tensor
-    /tensors/0, 1...  their contents; types that HDF5 lacks (the 16-bit and 8-bit floats) as integers
+    /structure        JSON text: the state, with {"$": "tensor", "n": 3, ...} in the place of a tensor
+    /checksums        of the leaves
+    /leaves/0, 1...   their contents, as bytes
 
 A file is written under a temporary name, synced, and renamed, so a crash leaves the file before or the new
-one and never half of one. Every tensor has a checksum. Reading builds numbers, strings and tensors only:
+one and never half of one. Every leaf has a checksum. Reading builds numbers, strings and tensors only:
 nothing in a file is executed or unpickled, wherever it came from.
 """
 
@@ -21,15 +22,15 @@ from typing import Any
 
 import h5py
 import numpy as np
-import torch
 
+from hpcpar.checkpoint.folder import sync
+from hpcpar.checkpoint.leaves import as_bytes, empty_leaf, finished, memory_of
+from hpcpar.checkpoint.tree import Node, decode, encode
 from hpcpar.errors import CheckpointError
 
 __all__ = ["read_state", "write_state"]
 
-_FORMAT = "hpcpar state 1"
-_MARK = "$"
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_FORMAT = "hpcpar state 2"
 
 
 def write_state(path: str | os.PathLike[str], state: Any) -> None:
@@ -40,7 +41,7 @@ def write_state(path: str | os.PathLike[str], state: Any) -> None:
     path
         Of the file; its folder is made if need be.
     state
-        Dicts (keys are strings, numbers, booleans or ``None``), lists and tuples of tensors, numbers,
+        Dicts (keys are strings, numbers, booleans or ``None``), lists and tuples of tensors, arrays, numbers,
         strings, booleans and ``None``. Tensors on a GPU are copied to the host, and come back on the host.
 
     Raises
@@ -49,20 +50,24 @@ def write_state(path: str | os.PathLike[str], state: Any) -> None:
         When something else is in the state, or the file cannot be written.
     """
     path = Path(path)
-    tensors: list[torch.Tensor] = []
-    structure = _encode(state, tensors, "state")
+    tree = encode(state)
+    if tree.parts:
+        raise CheckpointError("a state in one file must be of one rank, got a PerRank in it")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with h5py.File(temporary, "w") as file:
+        with h5py.File(temporary, "w", locking=False) as file:
             file.attrs["format"] = _FORMAT
-            text = json.dumps(structure).encode()
-            file["structure"] = np.frombuffer(text, dtype=np.uint8)
-            for number, tensor in enumerate(tensors):
-                file[f"tensors/{number}"] = _as_array(tensor)
-        _sync(temporary)
+            file["structure"] = np.frombuffer(json.dumps(tree.node).encode(), dtype=np.uint8)
+            checksums = []
+            for number, leaf in enumerate(tree.leaves):
+                data = as_bytes(leaf).numpy()
+                checksums.append(zlib.crc32(memory_of(data)))
+                file[f"leaves/{number}"] = data
+            file["checksums"] = np.array(checksums, dtype=np.uint32)
+        sync(temporary)
         temporary.replace(path)
-        _sync(path.parent)
+        sync(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -85,74 +90,24 @@ def read_state(path: str | os.PathLike[str]) -> Any:
             if file.attrs.get("format") != _FORMAT:
                 raise CheckpointError(f"{path} must be a state of hpcpar, got another HDF5 file")
             structure = json.loads(file["structure"][()].tobytes())
-            return _decode(structure, file, path)
+            values: dict[int, Any] = {}
+
+            def leaf(node: Node) -> Any:
+                if node["n"] not in values:
+                    values[node["n"]] = _read_leaf(file, node, path)
+                return values[node["n"]]
+
+            return decode(structure, leaf)
     except CheckpointError:
         raise
-    except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise CheckpointError(f"{path} must be a whole state of hpcpar, got {error}") from error
 
 
-def _encode(value: Any, tensors: list[torch.Tensor], where: str) -> Any:
-    """The structure of a value; its tensors go into the list."""
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, torch.Tensor):
-        tensors.append(value)
-        array = _as_array(value)
-        return {
-            _MARK: "tensor",
-            "n": len(tensors) - 1,
-            "dtype": str(value.dtype).removeprefix("torch."),
-            "shape": list(value.shape),
-            "crc": zlib.crc32(array.tobytes()),
-        }
-    if isinstance(value, (list, tuple)):
-        items = [_encode(item, tensors, f"{where}[{place}]") for place, item in enumerate(value)]
-        return items if isinstance(value, list) else {_MARK: "tuple", "items": items}
-    if isinstance(value, dict):
-        for key in value:
-            if not (key is None or isinstance(key, (bool, int, float, str))):
-                raise CheckpointError(f"a key of {where} must be a string or number, got {key!r}")
-        pairs = [[key, _encode(item, tensors, f"{where}[{key!r}]")] for key, item in value.items()]
-        return {_MARK: "dict", "items": pairs}
-    raise CheckpointError(
-        f"{where} must be made of dicts, lists, tuples, tensors, numbers and strings, got a "
-        f"{type(value).__name__}"
-    )
-
-
-def _decode(structure: Any, file: h5py.File, path: Path) -> Any:
-    if isinstance(structure, list):
-        return [_decode(item, file, path) for item in structure]
-    if not isinstance(structure, dict):
-        return structure
-    kind = structure[_MARK]
-    if kind == "tuple":
-        return tuple(_decode(item, file, path) for item in structure["items"])
-    if kind == "dict":
-        return {key: _decode(item, file, path) for key, item in structure["items"]}
-    if kind != "tensor":
-        raise CheckpointError(f"{path} must be of a version that this hpcpar knows, got a part {kind!r}")
-    array = file[f"tensors/{structure['n']}"][()]
-    if zlib.crc32(array.tobytes()) != structure["crc"]:
-        raise CheckpointError(f"{path} must be undamaged, got a wrong checksum of tensor {structure['n']}")
-    dtype = getattr(torch, structure["dtype"])
-    return torch.from_numpy(array.reshape(-1)).view(dtype).reshape(structure["shape"])
-
-
-def _as_array(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
-    """The contents in one dimension, as integers of the same width where numpy lacks the type."""
-    flat = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
-    try:
-        return flat.numpy()
-    except TypeError:
-        return flat.view(_INTEGERS[flat.dtype.itemsize]).numpy()
-
-
-def _sync(path: Path) -> None:
-    """Have the system write a file, or a folder's list of names, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _read_leaf(file: h5py.File, node: Node, path: Path) -> Any:
+    value, memory = empty_leaf(node)
+    data = file[f"leaves/{node['n']}"][()]
+    if data.nbytes != memory.numel() or zlib.crc32(data) != file["checksums"][node["n"]]:
+        raise CheckpointError(f"{path} must be undamaged, got a wrong checksum of leaf {node['n']}")
+    memory.numpy()[...] = data
+    return finished(node, value)

@@ -29,7 +29,7 @@ def make_trainer(comm, optimizer: str, *arguments: str) -> digits_trainers.Train
 
 
 def train(trainer: digits_trainers.Trainer, *epochs: int) -> list[float]:
-    silent = reporting.Reporter(rank=1, total_steps=0)
+    silent = reporting.Reporter(trainer.comm, total_steps=0)
     return [trainer.train_epoch(epoch, silent).loss for epoch in epochs]
 
 

@@ -258,3 +258,21 @@ def test_daso_benchmark_makes_hosts_and_counts_what_crosses_their_link(tmp_path:
     assert 0.9 < gradients["full sync"] < 1.3
     assert 0.9 / 2 < gradients["full sync bf16"] < 1.3 / 2
     assert 0.9 * (1 / 8 + 2 / 20) < gradients["DASO"] < 1.3 * (1 / 8 + 2 / 20)
+
+
+def test_reading_counts_every_sample(tmp_path: Path) -> None:
+    content, screen = record("io_reading", 2, tmp_path, "--folder", str(tmp_path))
+    rows = content["results"]
+    assert rows
+    for name in ("H5Dataset batches", "h5py per sample", "memmap batches", "plain read of the file"):
+        assert name in screen
+    assert "goal" in screen
+    assert not list(tmp_path.glob("*/*.h5"))  # what it wrote is gone
+
+
+def test_checkpoints_come_back_from_every_variant(tmp_path: Path) -> None:
+    content, screen = record("io_checkpoints", 2, tmp_path, "--folder", str(tmp_path))
+    assert content["results"]
+    for name in ("hpcpar background", "DCP", "torch.save + fsync", "memory copy"):
+        assert name in screen
+    assert "goal" in screen

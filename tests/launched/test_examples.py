@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.examples.idx_files import idx_bytes, write_set
-from tests.launching import LaunchResult, launch
+from tests.launching import Launched, LaunchResult, launch
 
 pytestmark = pytest.mark.one_mpi("openmpi")
 
@@ -74,11 +75,21 @@ def test_digits_learn_as_in_one_process(
 
 def test_digits_go_on_with_another_number_of_ranks(digits_reference: list[float], tmp_path: Path) -> None:
     arguments = [*DIGITS, "--optimizer", "sharded"]
-    history("train_digits.py", 2, tmp_path, *arguments, "--save", str(tmp_path), "--save-every", "1")
-    content = history("train_digits.py", 3, tmp_path, *arguments, "--resume", str(tmp_path / "epoch-1.h5"))
-    assert [row["epoch"] for row in content["epochs"]] == [2]
-    assert losses(content["epochs"]) == pytest.approx(digits_reference[3:], rel=1e-3)
+    arguments += ["--checkpoints", str(tmp_path / "run"), "--step-delay", "0.02"]
+    with Launched(2, EXAMPLES / "train_digits.py", *arguments) as job:
+        job.wait_for_output("epoch   1")
+        job.signal_rank(1, signal.SIGUSR1)  # in the middle of the second epoch
+        stopped = job.wait()
+    assert "SIGUSR1 (rank 1 of 2)" in stopped.stdout
+    assert stopped.returncode == 75
+    (checkpoint,) = (tmp_path / "run").iterdir()
+    assert 22 < int(checkpoint.name.removeprefix("step-")) < 44
+    content = history("train_digits.py", 3, tmp_path, *arguments)
+    assert [row["epoch"] for row in content["epochs"]] == [1, 2]
+    assert losses(content["epochs"]) == pytest.approx(digits_reference, rel=1e-3)
     assert len(set(content["checksums"])) == 1
+    again = run("train_digits.py", 1, *arguments, "--output", str(tmp_path))  # nothing is left to do
+    assert "after 2 epochs" in again.stdout and again.returncode == 0
 
 
 def test_nodes_train_by_themselves_and_end_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,7 +260,6 @@ def test_digits_read_a_folder_of_idx_files(tmp_path: Path) -> None:
     [
         ("train_digits.py", ["--data", "nowhere"], "nowhere is not a folder"),
         ("train_digits.py", ["--epochs", "0"], "must be at least 1, got 0"),
-        ("train_digits.py", ["--resume", "nowhere"], "--resume nowhere: no such file"),
         ("train_text.py", ["--text", "nowhere"], "no such folder"),
         ("train_text.py", ["--limit", "100"], "too short"),
         ("train_text.py", ["--heads", "3"], "--heads 3 must divide --width 128"),
