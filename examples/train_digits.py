@@ -32,6 +32,7 @@ and the collaborative one.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from statistics import harmonic_mean
 from typing import Any, NoReturn
 
@@ -53,6 +54,10 @@ TRAINERS = {
     "daso": digits_trainers.DasoTrainer,
     "collaborative": CollaborativeTrainer,
 }
+
+
+SAME_TRAINING = ("optimizer", "data", "limit", "batch_size", "target_batch_size", "lr", "seed")
+"""What must be the same when a training goes on; --epochs may grow, and with it the end of the schedule."""
 
 
 @dataclass(frozen=True)
@@ -128,12 +133,23 @@ def save(trainer: digits_trainers.Trainer, results: list[EpochResult]) -> None:
     if folder is None:
         return
     state = {
-        "optimizer": options.optimizer,
+        "options": {name: str(getattr(options, name)) for name in SAME_TRAINING},
         "results": [asdict(result) for result in results],
         "trainer": trainer.state_dict(),
     }
     with common.user_errors_end_the_job(trainer.comm), saved_run.reported():
         hpcpar.checkpoint.save(folder / f"step-{trainer.steps_done}", state, trainer.comm, keep=options.keep)
+
+
+def check_same_training(newest: Path, saved: dict[str, str], options: Options) -> None:
+    """Raise `UserError` if this would be another training than the one that was saved. Local."""
+    for name, value in saved.items():
+        if value != str(getattr(options, name)):
+            flag = "--" + name.replace("_", "-")
+            raise common.UserError(
+                f"{newest} is of a training with {flag} {value}, got {getattr(options, name)}. Go on as it "
+                "was begun, or give another --checkpoints"
+            )
 
 
 def resume(trainer: digits_trainers.Trainer, reporter: reporting.Reporter) -> list[EpochResult]:
@@ -145,8 +161,7 @@ def resume(trainer: digits_trainers.Trainer, reporter: reporting.Reporter) -> li
         if newest is None:
             return []
         saved = hpcpar.checkpoint.load(newest, comm=comm)
-        if saved["optimizer"] != options.optimizer:
-            raise common.UserError(f"{newest} is of a training by --optimizer {saved['optimizer']}")
+        check_same_training(newest, saved["options"], options)
     trainer.load_state_dict(saved["trainer"])
     results = [EpochResult(**result) for result in saved["results"]]
     reporter.line(f"goes on from {newest}, after {len(results)} epochs")

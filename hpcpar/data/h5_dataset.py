@@ -28,14 +28,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import IterableDataset, default_collate, get_worker_info
 
-from hpcpar.comm import agree, check_alike
+from hpcpar.comm import agree
+from hpcpar.data.amplification import read_amplification
 from hpcpar.data.batching import MemoryParts, gather
 from hpcpar.data.block_reader import BlockReader
 from hpcpar.data.epoch_order import EpochOrder, Interleave
-from hpcpar.data.h5_files import OpenFiles, Paths, describe
+from hpcpar.data.h5_files import OpenFiles, Paths
 from hpcpar.data.node_cache import NodeCache
+from hpcpar.data.node_layout import Wanted, check_same, describe_on_nodes
+from hpcpar.data.progress import Cursor, Progress, check_state, gather_taken
 from hpcpar.data.read_options import ReadOptions
-from hpcpar.data.shares import Cursor, Progress, check_state, count, piece, whole_number
+from hpcpar.data.shares import count, piece, whole_number
 from hpcpar.data.worker_board import WorkerBoard, WorkerUse
 
 if TYPE_CHECKING:
@@ -44,34 +47,37 @@ if TYPE_CHECKING:
 __all__ = ["Batches", "H5Dataset"]
 
 _LOG = logging.getLogger(__name__)
+_SUBJECT = "an H5Dataset"
 _RUN_SAMPLES = 64  # copied at once when samples are handed out one by one
+_AMPLIFICATION, _MATTERS_BYTES = 1.5, 16 << 20  # what to warn of, and from which size of the data
 
 
 class H5Dataset(IterableDataset[Any]):
     """Samples of one or several HDF5 files, this rank's share of each epoch.
 
-    Collective to make and to close, over ``comm``; iterating and everything else is Local.
+    Collective to make, to close, and in ``gather_state``, over ``comm``; all else is Local.
 
     Parameters
     ----------
     path
-        A file, a pattern such as ``"train-*.h5"``, or a list of these; several files count as one, in their
-        order.
+        A file, a pattern such as ``"train-*.h5"`` or ``"train/**/*.h5"``, or a list of these; several files
+        count as one, in their order. One rank of each node looks at them.
     names
         Of the dataset in each file that has a sample in each row, or a list of names of datasets that belong
         together and are equally long. A sample is a tensor, or a tuple of tensors for a list.
     comm
-        The ranks that share the work; it is not used after construction, except by ``close``. None: this
-        process takes all.
+        The ranks that share the work; after construction only ``close`` and ``gather_state`` use it. None:
+        this process takes all.
     shuffle
         Whether each epoch has an order of its own: blocks are shuffled, then samples in windows of blocks.
     seed
         From 0. The order depends on it and on the epoch; torch's and numpy's own generators are not used.
     block_size
-        Samples to read at once, rounded up to whole chunks; None for about a megabyte.
+        Samples to read at once, rounded up to whole chunks; None for about a 256th of the data, from 64 KiB
+        to 1 MiB.
     window_blocks
-        Blocks among which samples mix; None for a 32nd of the data, at least 4 blocks, at most 64 MiB. This
-        rank holds ``buffers`` windows.
+        Blocks among which samples mix; None for a 128th of the data, from 4 to 16 blocks, at most 64 MiB.
+        This rank holds ``buffers`` windows.
     batch_size
         Default of :meth:`batches`. A ``DataLoader`` with workers that makes batches out of single samples
         must be given the same number, so that its order is that of one process.
@@ -122,25 +128,22 @@ class H5Dataset(IterableDataset[Any]):
         cache: str | None = None,
         driver: str | None = None,
     ) -> None:
-        self._single = isinstance(names, str)
-        listed = [names] if isinstance(names, str) else list(names)
-        self._options = ReadOptions(
-            bool(shuffle), seed, block_size, window_blocks, batch_size, buffers, cache, driver
-        )
-        self._transform, self._batch_transform, self._pin_memory = transform, batch_transform, pin_memory
+        def understand() -> tuple[Wanted, ReadOptions]:
+            given = (bool(shuffle), seed, block_size, window_blocks, batch_size, buffers, cache, driver)
+            return Wanted.of(path, names), ReadOptions(*given).checked(comm)
 
-        def look() -> None:
-            self._options.check(comm)
-            self._layout = describe(path, listed)
-            self._bounds = self._layout.bounds(block_size)
-            self._window_blocks = self._options.window(self._layout, len(self._bounds) - 1)
-
-        if comm is None or comm.size == 1:
-            look()
-        else:
-            agree([comm], "an H5Dataset", look)
-            check_alike(comm, "an H5Dataset", [*self._layout.lines(), *self._options.lines()])
         rank, ranks = (0, 1) if comm is None else (comm.rank, comm.size)
+        groups = [] if comm is None or ranks == 1 else [comm]
+        wanted, self._options = agree(groups, _SUBJECT, understand) if groups else understand()
+        self._layout = describe_on_nodes(comm, _SUBJECT, wanted)
+        if comm is not None and ranks > 1:
+            check_same(comm, _SUBJECT, [*self._layout.lines(), *self._options.lines()])
+        self._single, self._comm = isinstance(names, str), comm
+        self._transform, self._batch_transform, self._pin_memory = transform, batch_transform, pin_memory
+        self._bounds = self._layout.bounds(self._options.block_size)
+        self._window_blocks = self._options.window(self._layout, len(self._bounds) - 1)
+        if rank == 0 and cache is None:
+            self._warn_of_amplification(ranks)
         self._progress, self._board = Progress(self._layout.samples, rank, ranks), WorkerBoard()
         self._readers: weakref.WeakSet[BlockReader] = weakref.WeakSet()
         self._closed = False
@@ -157,8 +160,9 @@ class H5Dataset(IterableDataset[Any]):
         with closing(parts):
             for columns in gather(parts, self._layout.fields, total, _RUN_SAMPLES, pinned=False):
                 for sample in self._split(columns):
-                    cursor.taken += 1
+                    cursor.advance(1)
                     yield sample if self._transform is None else self._transform(sample)
+        cursor.end()
 
     def batches(self, batch_size: int | None = None, *, drop_last: bool = False) -> Batches:
         """Whole batches of this rank's samples, which is the fast way. Local.
@@ -168,7 +172,8 @@ class H5Dataset(IterableDataset[Any]):
         batch_size
             Samples in each; None for the dataset's own.
         drop_last
-            Whether to leave out a last batch that is smaller. Then the epoch is not exact.
+            Whether to leave out a last batch that is smaller. Then the epoch is not exact; a state counts
+            what was left out as taken.
 
         Returns
         -------
@@ -193,27 +198,26 @@ class H5Dataset(IterableDataset[Any]):
     def set_epoch(self, epoch: int) -> None:
         """Go to the beginning of an epoch, 0 at first; nothing happens when it is this one. Local.
 
-        Without it every iteration has the same order, as with torch's ``DistributedSampler``. After
-        ``load_state_dict``, the epoch that was interrupted is continued by the next iteration, once.
+        Without it every iteration has the same order, as with torch's ``DistributedSampler``.
         """
         if self._progress.set_epoch(epoch):
             self._board.announce(epoch)
 
     def state_dict(self, samples: int | None = None) -> dict[str, Any]:
-        """Where the epoch is, to continue it on any number of ranks. Local.
+        """Where the epoch is, to continue it on any number of ranks, if ranks go in step. Local.
 
         Parameters
         ----------
         samples
             How many this rank has trained on since the epoch was begun, or continued. None: as many as the
             last iteration of this process has handed out. With worker processes, which read ahead, it must
-            be given.
+            be given; a rank's whole share is then the end of the epoch.
 
         Returns
         -------
         dict
-            Of numbers and lists. It is the same on all ranks that have taken equally many samples; in an
-            epoch's last, uneven step rank 0's is right.
+            Of numbers and lists. It is the same on all ranks that have taken equally many batches, or all
+            of theirs. Where ranks may have taken different numbers, use :meth:`gather_state`.
 
         Raises
         ------
@@ -221,6 +225,39 @@ class H5Dataset(IterableDataset[Any]):
             When worker processes have read and ``samples`` is not given, or their order is not that of one
             process.
         """
+        self._check_workers(samples)
+        return {**self._identity(), **self._progress.state(self._progress.taken(samples))}
+
+    def gather_state(self, samples: int | None = None) -> dict[str, Any]:
+        """Where the epoch is, whatever each rank has taken; the same on all ranks. Collective.
+
+        Parameters
+        ----------
+        samples
+            As for :meth:`state_dict`, of this rank.
+
+        Returns
+        -------
+        dict
+            To be loaded as that of :meth:`state_dict`.
+
+        Raises
+        ------
+        ValueError
+            As by :meth:`state_dict`, on the rank concerned.
+        MismatchError
+            On all others then, and on all when ranks are in different epochs.
+        """
+        progress = self._progress
+
+        def look() -> tuple[list[str], int]:
+            self._check_workers(samples)
+            return progress.place(), progress.own_taken(samples)
+
+        taken = gather_taken(self._comm, progress.ranks, "the state of an H5Dataset", look)
+        return {**self._identity(), **progress.state(taken)}
+
+    def _check_workers(self, samples: int | None) -> None:
         use = self._board.use
         if samples is None and use is not WorkerUse.NONE:
             raise ValueError(
@@ -232,20 +269,21 @@ class H5Dataset(IterableDataset[Any]):
                 "batch_size must be given to H5Dataset for a state_dict() with the workers of a DataLoader, "
                 "got None. It makes their order that of one process; or load batches(n) with batch_size=None"
             )
-        return {**self._identity(), **self._progress.state(samples)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue an epoch: the next iteration has what was left of it. Local.
+        """Continue an epoch, by a state of either kind: the next iteration has what was left of it. Local.
 
-        On the same number of ranks each goes on in the order in which it would have; on another number each
-        remaining sample still comes exactly once.
+        On the same number of ranks, that had gone in step, each goes on in the order in which it would have;
+        else each remaining sample still comes exactly once. The place that was loaded holds until an
+        iteration has come to its end, in this process, or ``set_epoch`` goes to another epoch; so one may
+        look at a batch and begin again.
 
         Raises
         ------
         ValueError
             When the state is of other data, or of another order.
         """
-        own = {**self._identity(), **self._progress.state()}
+        own = {**self._identity(), **self._progress.state(0)}
         check_state("an H5Dataset", state, own, varying=("epoch", "spans", "ranks", "taken"))
         self._progress.load(state)
         self._board.announce(self._progress.epoch, loaded=True)
@@ -273,7 +311,7 @@ class H5Dataset(IterableDataset[Any]):
             self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {**self.__dict__, "_readers": None, "_cache": None}
+        state = {**self.__dict__, "_readers": None, "_cache": None, "_comm": None}
         if self._parallel is not None:
             raise TypeError(
                 "a dataset with driver='mpio' must not be pickled: its files are open on all ranks"
@@ -297,6 +335,19 @@ class H5Dataset(IterableDataset[Any]):
             "blocks_crc": zlib.crc32(self._bounds.tobytes()),
         }
 
+    def _warn_of_amplification(self, ranks: int) -> None:
+        samples, blocks, shuffle = self._layout.samples, len(self._bounds) - 1, self._options.shuffle
+        times = read_amplification(samples, blocks, self._window_blocks, ranks, shuffle=shuffle)
+        if times > _AMPLIFICATION and samples * self._layout.sample_bytes >= _MATTERS_BYTES:
+            _LOG.warning(
+                "%d ranks read the data %.1f times in each epoch: their shares are small beside a window of "
+                "%d of %d blocks. Use cache='node', or a smaller window_blocks or block_size",
+                ranks,
+                times,
+                self._window_blocks,
+                blocks,
+            )
+
     def _open_parallel(self, comm: Communicator | None) -> OpenFiles:
         files = OpenFiles(self._layout, driver="mpio", comm=comm.mpi if comm is not None else None)
         files.open_all()
@@ -314,7 +365,7 @@ class H5Dataset(IterableDataset[Any]):
                 )
             use = WorkerUse.IN_TURN if group else WorkerUse.BY_PIECES
             self._progress.set_epoch(self._board.read_epoch(use))
-        cursor = self._progress.begin()
+        cursor = self._progress.begin(keep=worker is not None)
         spans, interleave = cursor.spans, None
         if worker is not None and group:
             interleave = Interleave(worker.id, worker.num_workers, group)
@@ -348,11 +399,11 @@ class H5Dataset(IterableDataset[Any]):
             pinned = get_worker_info() is None and torch.cuda.is_available()
         with closing(parts):
             for columns in gather(parts, self._layout.fields, total, size, pinned=pinned):
-                taken = len(columns[0])
-                if drop_last and taken < size:
-                    return
-                cursor.taken += taken
+                if drop_last and len(columns[0]) < size:
+                    break
+                cursor.advance(size, whole_only=drop_last)
                 yield self._finish(columns)
+        cursor.end()
 
     def _finish(self, columns: list[torch.Tensor]) -> Any:
         """A batch as the user wants it."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import h5py
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["ReadOptions"]
 
 _WINDOW_BYTES = 64 << 20
-_WINDOWS, _WINDOW_BLOCKS = 32, 4
+_WINDOWS, _LEAST_BLOCKS, _MOST_BLOCKS = 128, 4, 16
 
 
 @dataclass(frozen=True)
@@ -33,24 +33,27 @@ class ReadOptions:
     cache: str | None
     driver: str | None
 
-    def check(self, comm: Communicator | None) -> None:
-        """Refuse what makes no sense. Local.
+    def checked(self, comm: Communicator | None) -> ReadOptions:
+        """The same with whole numbers of any type as int; refuse what makes no sense. Local.
 
         Raises
         ------
         ValueError
             Naming the option.
         """
+        numbers: dict[str, Any] = {
+            "seed": whole_number("seed", self.seed),
+            "buffers": whole_number("buffers", self.buffers, 2),
+        }
         for name in ("block_size", "window_blocks", "batch_size"):
             value = getattr(self, name)
             if value is not None:
-                whole_number(name, value, 1)
-        whole_number("seed", self.seed)
-        whole_number("buffers", self.buffers, 2)
+                numbers[name] = whole_number(name, value, 1)
         if self.cache not in (None, "node"):
             raise ValueError(f"cache must be None or 'node', got {self.cache!r}")
         if self.driver is not None:
             self._check_driver(comm)
+        return replace(self, **numbers)
 
     def lines(self) -> list[str]:
         """What must be the same on all ranks, to be compared. Local."""
@@ -62,14 +65,14 @@ class ReadOptions:
     def window(self, layout: Layout, blocks: int) -> int:
         """Blocks in a window of a layout that is cut into ``blocks``. Local.
 
-        Parts of a window that belong to different ranks make both read its blocks. With a 32nd of the data in
-        each, that is little on a few ranks; large data has windows far smaller than that.
+        Parts of a window that belong to different ranks make both read its blocks: see
+        :mod:`hpcpar.data.amplification`. Hence few blocks, as many as it takes to mix.
         """
         if self.window_blocks is not None:
             return self.window_blocks
         block_bytes = layout.samples * layout.sample_bytes // max(blocks, 1)
         most = max(_WINDOW_BYTES // max(block_bytes, 1), 1)
-        return min(max(blocks // _WINDOWS, _WINDOW_BLOCKS), most)
+        return min(max(blocks // _WINDOWS, _LEAST_BLOCKS), _MOST_BLOCKS, most)
 
     def _check_driver(self, comm: Communicator | None) -> None:
         if self.driver != "mpio":

@@ -17,17 +17,19 @@ carries it, in a non-blocking all-reduce of one number: it is started at one ste
 nobody waits for it. A clock that nears the end of the job counts as a signal, too.
 
 Invariant: whether ``requested()`` is true depends only on reductions that all ranks have completed at this
-point of the program, and on nothing that a rank knows alone.
+point of the program, and on nothing that a rank knows alone. To be told costs no collective of its own, so
+that ranks which have run out of batches, in ``model.join()``, need not be there.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
@@ -65,8 +67,9 @@ class Preemption:
         The ranks, ``hpcpar.comm.world()`` by default.
     model
         A :class:`hpcpar.nn.DataParallel` over the same ranks, trained in every step: its reductions carry
-        the flag. Without one, or with a model that does not reduce over all ranks, a non-blocking
-        all-reduce does.
+        the flag, also to ranks that :meth:`~hpcpar.nn.DataParallel.join` others. Without one, or with a
+        model that does not reduce over all ranks, a non-blocking all-reduce does; then all ranks must call
+        :meth:`requested` equally often.
     signals
         Names of the signals that mean "stop soon". SIGTERM is what batch systems send last; which one comes
         first is a choice of the job script.
@@ -77,7 +80,7 @@ class Preemption:
     Attributes
     ----------
     reason : str
-        Why the job is to stop, and which rank said so; empty until :meth:`requested` is true.
+        Why the job is to stop, as far as this rank knows; empty until :meth:`requested` is true.
     restarts : int
         How often Slurm has started this job before.
 
@@ -115,7 +118,10 @@ class Preemption:
         agree([comm], "a Preemption", lambda: _check(signals, margin_s))
         check_alike(comm, "a Preemption", [f"signals={tuple(signals)}", f"model given: {model is not None}"])
         self._comm = comm.Dup()
-        self._model = model
+        self._process = os.getpid()
+        self._model = model if hasattr(model, "comm") and hasattr(model, "flag") else None
+        self._flag: Flag | None = None
+        self._lower_flag()
         self._stop_at = _stop_at(margin_s)
         self._noted = ""
         self._sent, self._received = torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
@@ -145,17 +151,36 @@ class Preemption:
         if not self._noted and time.time() > self._stop_at:
             self._noted = f"the job ends in {self._ends_in_s():.0f} s"
         if any(self._comm.allgather(bool(self._noted))) if now else self._any_rank():
-            reasons = self._comm.allgather(self._noted)
-            rank = next(rank for rank, text in enumerate(reasons) if text)
-            self.reason = f"{reasons[rank]} (rank {rank} of {self._comm.size})"
+            self.reason = (
+                f"{self._noted or 'another rank says so'} (rank {self._comm.rank} of {self._comm.size})"
+            )
             self._is_requested = True
-            if self._comm.rank == 0:
-                logger.info("the job is to stop: %s", self.reason)
+            logger.info("the job is to stop: %s", self.reason)
         return self._is_requested
 
     def request(self, reason: str) -> None:
         """Ask for a stop for a reason of one's own, such as a file that somebody has made. Local."""
         self._noted = self._noted or reason
+
+    @contextlib.contextmanager
+    def shielded(self) -> Iterator[None]:
+        """Let processes that are started in this block never get the signals, except SIGTERM. Local.
+
+        A signal that a batch system sends to all processes of a job also reaches those that know nothing of
+        it, such as the spawned workers of a data loader, and ends them, and the training with them. This
+        process gets what has come meanwhile at the end of the block.
+
+        Examples
+        --------
+        >>> with preemption.shielded():
+        ...     batches = iter(loader)  # starts its workers
+        """
+        signals = [number for number in self._before if number != signal.SIGTERM]  # that is how they end
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def leave(self, status: int = REQUEUE_STATUS) -> NoReturn:
         """End the program on this rank, as all others do, with a status that a job script can test. Local.
@@ -175,6 +200,7 @@ class Preemption:
         if self._exchange is not None:
             self._exchange.Wait()  # all ranks have started as many
             self._exchange = None
+        self._lower_flag()
         self._comm.Free()
 
     def __enter__(self) -> Preemption:
@@ -193,7 +219,14 @@ class Preemption:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         """The handler: between any two instructions of the main thread, so it does nothing but note."""
+        if os.getpid() != self._process:  # a forked child, such as a data loader's worker, is no rank
+            before = self._before[signal.Signals(number)]
+            signal.signal(number, signal.SIG_DFL if before is None else before)
+            os.kill(os.getpid(), number)
+            return
         self._noted = self._noted or signal.Signals(number).name
+        if self._flag is not None:
+            self._flag.raised = True  # also of a rank that joins others, and does not ask
 
     def _restore(self) -> None:
         if threading.current_thread() is threading.main_thread():
@@ -202,16 +235,26 @@ class Preemption:
         self._before = {}
 
     def _any_rank(self) -> bool:
-        flag: Flag | None = None
-        if self._model is not None and self._comm.size > 1:
-            model_comm = self._model.comm
-            if model_comm is not None and model_comm.size == self._comm.size:
-                flag = self._model.flag
-        if flag is None:
+        self._flag = self._find_flag()
+        if self._flag is None:
             return self._exchanged()
         # What was noted goes out with the next reduction; all ranks have seen the last.
-        flag.raised = bool(self._noted)
-        return flag.seen
+        self._flag.raised = bool(self._noted)
+        return self._flag.seen
+
+    def _find_flag(self) -> Flag | None:
+        """That of the model, which may change its reductions, or have none."""
+        model = self._model
+        if model is None or model.comm is None or not 1 < model.comm.size == self._comm.size:
+            return None
+        flag: Flag | None = model.flag
+        return flag
+
+    def _lower_flag(self) -> None:
+        """Begin and end with what nobody has said anything to."""
+        self._flag = self._find_flag()
+        if self._flag is not None:
+            self._flag.raised = self._flag.seen = False
 
     def _exchanged(self) -> bool:
         """Complete the all-reduce of the last call and start another."""

@@ -11,6 +11,7 @@ Only rank 0 shows anything. Nothing here communicates, so a loop needs no ``if r
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
 import sys
@@ -42,7 +43,7 @@ class Progress:
     description
         What is done, such as ``"training"``.
     total
-        How many units there are; ``None`` when nobody knows.
+        How many units there are; ``None`` when nobody knows. Where there turn out to be more, nobody did.
     comm
         The ranks, of which only the first shows anything. ``None``: this is the only one.
     unit
@@ -121,17 +122,18 @@ class Progress:
         self._told_s = time.monotonic()
         passed_s = self._told_s - self._started_s
         rate = (self.done - self._first) / max(passed_s, 1e-9)
-        if self._total is None:
+        total = self._total if self._total is not None and self.done <= self._total else None
+        if total is None:
             text = f"{self.done} {self._unit}"
         else:
-            share = f" ({100 * self.done // self._total} %)" if self._total else ""
-            text = f"{self.done} of {self._total} {self._unit}{share}"
+            share = f" ({100 * self.done // total} %)" if total else ""
+            text = f"{self.done} of {total} {self._unit}{share}"
         if end:
             left = f"{end} after {_duration(passed_s)}"
-        elif self._total is None or rate == 0.0:
+        elif total is None or rate == 0.0:
             left = f"for {_duration(passed_s)}"
         else:
-            left = f"{_duration((self._total - self.done) / rate)} left"
+            left = f"{_duration((total - self.done) / rate)} left"
         logger.info("%s: %s, %.3g %s/s, %s", self._description, text, rate, self._unit, left)
 
 
@@ -146,7 +148,8 @@ def track(
 ) -> Iterator[T]:
     """Go through items and show how far it has come, as :class:`Progress` does. Local."""
     if total is None and isinstance(items, Sized):
-        total = len(items)
+        with contextlib.suppress(TypeError):  # a DataLoader has len(), even where its dataset has none
+            total = len(items)
     with Progress(description, total, comm, unit=unit, interval_s=interval_s) as progress:
         for item in items:
             yield item

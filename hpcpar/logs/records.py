@@ -8,9 +8,10 @@ happens (INFO), the others only what is wrong (WARNING), and every line names it
 What all ranks have to say goes to a file per rank when somebody asks for it, by :func:`configure` or by the
 environment: ``HPCPAR_LOG_DIR`` names the folder, ``HPCPAR_LOG_LEVEL`` the level there and on the screen.
 
-The library only sets this up, in the first :func:`hpcpar.comm.world`, where the program has not: as long as
-the root logger has handlers, or ``hpcpar`` has a level or handlers of its own, nothing is shown twice and
-nothing is changed. A program with handlers of its own adds the rank by :class:`RankFilter`.
+The library only sets this up, in the first :func:`hpcpar.comm.world`, where the program has not: it leaves a
+logger ``hpcpar`` alone that has a level or handlers of its own. While the root logger has handlers, these get
+the records that they would get without us, and nothing else is shown. A program with handlers of its own adds
+the rank by :class:`RankFilter`.
 """
 
 from __future__ import annotations
@@ -62,28 +63,45 @@ class RankFilter(logging.Filter):
         return True
 
 
+class _DefaultLevel(int):
+    """A level that no program has asked for."""
+
+
 class _Screen(logging.StreamHandler[TextIO]):
-    """Standard error as it is at the moment, so that a progress bar may take its place for a while.
+    """Standard error as it is at the moment, so that a progress bar may take its place for a while."""
 
-    Parameters
-    ----------
-    gives_way
-        Whether to be silent while the root logger has handlers, which show the same records.
-    """
-
-    def __init__(self, gives_way: bool) -> None:
-        logging.Handler.__init__(self)
-        self._gives_way = gives_way
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)  # that of the base class would set the stream
 
     @property
     def stream(self) -> TextIO:  # type: ignore[override]
         """The standard error of now."""
         return sys.stderr
 
+
+class _RootOrScreen(_Screen):
+    """The root logger's handlers if it has any, else the screen."""
+
+    def __init__(self, shown: int) -> None:
+        super().__init__()
+        self._shown = shown
+
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a record in one piece, so that those of several ranks do not mix within a line."""
-        if not (self._gives_way and logging.getLogger().handlers):
+        """Give a record to whoever shows it; here in one piece, so that those of several ranks do not mix."""
+        root = logging.getLogger()
+        if root.handlers:
+            if root.isEnabledFor(record.levelno) or _is_asked_for(record):
+                root.callHandlers(record)
+        elif record.levelno >= self._shown:
             super().emit(record)
+
+
+def _is_asked_for(record: logging.LogRecord) -> bool:
+    """Whether the program has set the level of the record's logger, or of one above it; it let this pass."""
+    logger: logging.Logger | None = logging.getLogger(record.name)
+    while logger is not None and logger.name != LOGGER_NAME and logger.level == logging.NOTSET:
+        logger = logger.parent
+    return logger is not None and not isinstance(logger.level, _DefaultLevel)
 
 
 def configure(
@@ -117,69 +135,80 @@ def configure(
     HpcparError
         For a level that there is not, or a folder that cannot be written.
     """
-    logger = _set_up(comm.rank, comm.size, _level(level), _level(other_ranks), folder, gives_way=False)
-    logger.propagate = False
-    return logger
+    level, shown = _level(level), _level(level if comm.rank == 0 else other_ranks)
+    screen = _Screen()
+    screen.setLevel(shown)
+    handlers: list[logging.Handler] = [screen]
+    if folder is not None:
+        try:
+            handlers.append(_file(Path(folder), level, comm.rank, comm.size))
+        except OSError as error:
+            raise HpcparError(
+                f"a folder of log files must be writable, got {folder}: {error.strerror} "
+                f"(rank {comm.rank} of {comm.size})"
+            ) from error
+    return _set_up(handlers, shown if folder is None else min(shown, level), comm.rank, comm.size)
 
 
 def configure_by_default(rank: int, size: int) -> None:
     """Set up the logger as the environment says, unless the program has done it. Local.
 
+    A file that cannot be written is worth a warning, and not the end of the job.
+
     Raises
     ------
     HpcparError
-        When the environment names a level that there is not, or a folder that cannot be written.
+        When the environment names a level that there is not.
     """
     logger = logging.getLogger(LOGGER_NAME)
     if logger.handlers or logger.level != logging.NOTSET:
         return
     level = _level(os.environ.get("HPCPAR_LOG_LEVEL") or "INFO")
-    folder = os.environ.get("HPCPAR_LOG_DIR") or None
-    _set_up(rank, size, level, max(level, logging.WARNING), folder, gives_way=True)
+    shown = level if rank == 0 else max(level, logging.WARNING)
+    handlers: list[logging.Handler] = [_RootOrScreen(shown)]
+    problem = None
+    if folder := os.environ.get("HPCPAR_LOG_DIR"):
+        try:
+            handlers.append(_file(Path(folder), level, rank, size))
+        except OSError as error:
+            problem = f"HPCPAR_LOG_DIR must be a folder that can be written, got {folder}: {error.strerror}"
+    lowest = level if folder else shown
+    root = logging.getLogger()
+    # A program that has set up its logging, and before this: what it wants to see, it shall get.
+    lowest = min(lowest, root.level) if root.handlers else lowest
+    _set_up(handlers, _DefaultLevel(lowest), rank, size)
+    if problem is not None:
+        logger.warning("%s. This rank writes no file", problem)
 
 
-def _set_up(
-    rank: int,
-    size: int,
-    level: int,
-    other_ranks: int,
-    folder: str | os.PathLike[str] | None,
-    *,
-    gives_way: bool,
-) -> logging.Logger:
+def _set_up(handlers: list[logging.Handler], level: int, rank: int, size: int) -> logging.Logger:
     logger = logging.getLogger(LOGGER_NAME)
-    shown = level if rank == 0 else other_ranks
-    handlers: list[tuple[logging.Handler, int, str]] = [(_Screen(gives_way), shown, SCREEN_TIME)]
-    if folder is not None:
-        handlers.append((_file(Path(folder), rank, size), level, FILE_TIME))
     for old in list(logger.handlers):
         logger.removeHandler(old)
         old.close()
-    for handler, handled, time_format in handlers:
-        handler.setLevel(handled)
+    for handler in handlers:
         handler.addFilter(RankFilter(rank, size))
+        time_format = FILE_TIME if isinstance(handler, logging.FileHandler) else SCREEN_TIME
         handler.setFormatter(logging.Formatter(FORMAT, time_format))
         logger.addHandler(handler)
-    logger.setLevel(min(handled for _, handled, _ in handlers))
+    logger.setLevel(level)
+    logger.propagate = False  # the handlers know what is for the root logger's
     return logger
 
 
-def _file(folder: Path, rank: int, size: int) -> logging.FileHandler:
+def _file(folder: Path, level: int, rank: int, size: int) -> logging.FileHandler:
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"rank-{rank:0{len(str(size - 1))}d}.log"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        return logging.FileHandler(path, encoding="utf-8")
-    except OSError as error:
-        raise HpcparError(
-            f"a folder of log files must be writable, got {folder}: {error.strerror} (rank {rank} of {size})"
-        ) from error
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setLevel(level)
+    return handler
 
 
-def _level(level: int | str) -> int:
+def _level(level: object) -> int:
     if isinstance(level, int):
         return level
-    known = logging.getLevelNamesMapping()
-    if level.upper() not in known:
+    known = {name: value for name, value in logging.getLevelNamesMapping().items() if value > 0}
+    if not isinstance(level, str) or level.upper() not in known:
         names = ", ".join(sorted(known, key=lambda name: known[name]))
         raise HpcparError(f"a level of the log must be one of {names}, got {level!r}")
     return known[level.upper()]

@@ -257,6 +257,8 @@ class GradientReduction:
             return False
         for bucket, flat in enumerate(self.reducer.flats):
             flat.zero_()
+            if bucket == self._tail:
+                flat[-1] = float(self.flag.raised)
             self.reducer.publish(bucket)
         self._resolved = [False] * len(self.layouts)
         self._used = []

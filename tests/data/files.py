@@ -12,7 +12,7 @@ import torch
 from hypothesis import settings
 
 from hpcpar.data import H5Dataset
-from hpcpar.data.shares import Progress
+from hpcpar.data.progress import Progress
 
 __all__ = ["BOTH", "PROPERTY", "as_rank", "images", "numbers", "write"]
 

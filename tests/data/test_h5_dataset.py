@@ -80,6 +80,13 @@ def test_several_files_count_as_one(tmp_path: Path) -> None:
     assert numbers(H5Dataset([paths[3], paths[0]], BOTH))[:6] == [33, 34, 35, 36, 37, 0]
 
 
+def test_patterns_find_files_in_all_folders_below(tmp_path: Path) -> None:
+    for at, folder in enumerate(["a", "a/b", "a/b/c"]):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder / "part.h5", 5, first=5 * at)
+    assert sorted(numbers(H5Dataset(str(tmp_path / "a/**/*.h5"), BOTH))) == list(range(15))
+
+
 def test_types_of_numbers(tmp_path: Path) -> None:
     types = "bool uint8 int8 uint16 uint32 uint64 int16 int64 >i4 float16 float32 >f8 complex64".split()
     values = {name: (np.arange(12).reshape(4, 3) % 3).astype(name) for name in types}
@@ -181,7 +188,7 @@ def test_an_interrupted_epoch_goes_on_bit_for_bit(tmp_path: Path, ranks: int) ->
         third.load_state_dict(second.state_dict())
         assert len(third) == len(expected) - 25
         assert taken + numbers(third.batches(5)) == expected
-        assert third.state_dict()["taken"] == len(expected) - 25
+        assert third.state_dict()["taken"] == -(-100 // ranks) - 25  # all that any rank has
         third.set_epoch(3)
         assert len(third) == len(expected)
 
@@ -201,6 +208,29 @@ def test_another_number_of_ranks_takes_exactly_what_is_left(tmp_path: Path) -> N
             seen += numbers(islice(data.batches(3), steps))
         state = everyone[0].state_dict()
     assert sorted(seen) == list(range(101))
+
+
+def test_a_look_at_the_first_batch_does_not_use_up_what_was_loaded(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.h5", 100)
+    first, second = H5Dataset(path, BOTH, shuffle=True), H5Dataset(path, BOTH, shuffle=True)
+    expected = numbers(first)
+    second.load_state_dict(first.state_dict(60))
+    next(iter(second.batches(8)))
+    next(iter(second))
+    assert numbers(second.batches(8)) == expected[60:]
+    assert second.state_dict()["taken"] == 40
+    assert len(second) == 100 and numbers(second.batches(8)) == expected
+
+
+def test_what_drop_last_leaves_out_counts_as_taken(tmp_path: Path) -> None:
+    data = H5Dataset(write(tmp_path / "a.h5", 100), BOTH)
+    other = H5Dataset(tmp_path / "a.h5", BOTH)
+    for batch in data.batches(30, drop_last=True):
+        numbers([batch])
+        other.load_state_dict(data.state_dict())
+    assert len(other) == 0
+    other.load_state_dict(data.state_dict())
+    assert numbers(other) == []
 
 
 def test_a_foreign_state_is_refused(tmp_path: Path) -> None:
@@ -305,6 +335,10 @@ def test_wrong_arguments_are_named(tmp_path: Path) -> None:
         (tmp_path, "x", {}, FileNotFoundError, "got a folder"),
         (tmp_path / "*.hdf", "x", {}, FileNotFoundError, "must match at least one file"),
         ([], "x", {}, ValueError, "path must name at least one file"),
+        (None, "x", {}, TypeError, "path must be a file, a pattern or a list of these, got None"),
+        ([path, None], "x", {}, TypeError, "path must be a file"),
+        (path, 5, {}, TypeError, "names must be the name of a dataset or a list of names, got 5"),
+        (path, [5], {}, TypeError, "names must be the name"),
         (path, "pictures", {}, KeyError, "must have a dataset 'pictures'"),
         (path, [], {}, ValueError, "names must be those of at least one"),
         (path, ["images", "images"], {}, ValueError, "names must be different"),
@@ -372,3 +406,15 @@ def test_parallel_hdf5_is_asked_for_as_h5py_wants_it(tmp_path: Path, monkeypatch
         with pytest.raises(TypeError, match="must not be pickled"):
             pickle.dumps(data)
     assert asked == [{}, {"driver": "mpio", "comm": "an mpi4py communicator"}]  # opened once, for all epochs
+
+
+def test_reading_much_more_than_there_is_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_dataset("x", (1 << 24, 2), "u1", chunks=(1 << 20, 2))  # 32 MiB that are not written
+
+    data = H5Dataset(tmp_path / "a.h5", "x", shuffle=True)
+    data._warn_of_amplification(2)
+    assert not caplog.messages
+    data._warn_of_amplification(8)
+    assert "8 ranks read the data 2.8 times in each epoch" in caplog.text
+    assert "Use cache='node'" in caplog.text

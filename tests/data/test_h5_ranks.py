@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from hpcpar.checkpoint import load, save
 from hpcpar.comm import Communicator
-from hpcpar.data import H5Dataset, node_cache
+from hpcpar.data import DistributedSampler, H5Dataset, h5_files, node_cache
 from hpcpar.errors import MismatchError
 from tests.data.files import BOTH, numbers, write
 from tests.nn.training import pretended_nodes
@@ -64,6 +66,57 @@ def test_ranks_share_every_epoch_exactly_and_go_on_after_an_interruption(
             assert numbers(again.batches(4)) == numbers(batches)
 
 
+def test_a_state_of_the_end_of_an_epoch_loads_on_another_number_of_ranks(
+    comm: Communicator, folder: Path
+) -> None:
+    path = file_for_all(comm, folder, 3 * comm.size + 1)
+    sampler = DistributedSampler(3 * comm.size + 1, comm)
+    with H5Dataset(path, BOTH, comm, **OPTIONS) as data, H5Dataset(path, BOTH, **OPTIONS) as alone:
+        numbers(data.batches(2))
+        list(sampler)
+        save(folder / "saved", {"data": data.state_dict(), "sampler": sampler.state_dict()}, comm)
+        state = load(folder / "saved")  # as one process
+        alone.load_state_dict(state["data"])
+        other = DistributedSampler(3 * comm.size + 1)
+        other.load_state_dict(state["sampler"])
+        assert numbers(alone) == list(other) == []
+
+
+def test_ranks_at_paces_of_their_own_gather_a_state(comm: Communicator, folder: Path) -> None:
+    path = file_for_all(comm, folder, 61)
+    with H5Dataset(path, BOTH, comm, **OPTIONS) as data, H5Dataset(path, BOTH, **OPTIONS) as alone:
+        own = numbers(batch for batch, _ in zip(data.batches(3), range(1 + 2 * comm.rank), strict=False))
+        save(folder / "saved", data.gather_state(), comm)
+        state = load(folder / "saved")
+        for ranks in (alone, data):
+            ranks.load_state_dict(state)
+        rest = numbers(alone)
+        assert sorted(together(comm, own) + rest) == list(range(61))
+        assert sorted(together(comm, numbers(data))) == sorted(rest)
+        data.set_epoch(comm.rank)
+        if comm.size > 1:
+            with pytest.raises(MismatchError, match="epoch 1"):
+                data.gather_state()
+
+
+@pytest.mark.parametrize("ranks_per_node", [1, 2])
+def test_one_rank_of_each_node_looks_at_the_files(
+    comm: Communicator, folder: Path, monkeypatch: pytest.MonkeyPatch, ranks_per_node: int
+) -> None:
+    path = file_for_all(comm, folder, 20)
+    looked: list[str] = []
+    real = h5_files._open
+
+    def opened(name: str, **options: Any) -> Any:
+        looked.append(name)
+        return real(name, **options)
+
+    monkeypatch.setattr(h5_files, "_open", opened)
+    with pretended_nodes(comm, ranks_per_node) as nodes, H5Dataset(path, BOTH, nodes) as data:
+        assert len(looked) == (nodes.node.rank == 0)
+        assert sorted(together(comm, numbers(data))) == list(range(20))
+
+
 @pytest.mark.parametrize("ranks_per_node", [None, 1, 2])
 def test_the_node_cache_gives_what_the_files_give(
     comm: Communicator, folder: Path, ranks_per_node: int | None
@@ -112,6 +165,10 @@ def test_what_one_rank_lacks_is_an_error_on_all(comm: Communicator, folder: Path
         H5Dataset(folder / "none.h5" if wrong else own, BOTH, comm)
     with pytest.raises((ValueError, MismatchError), match="buffers must be"):
         H5Dataset(own, BOTH, comm, buffers=0 if wrong else 2)
+    given: Any = 5 if wrong else BOTH
+    with pytest.raises((TypeError, MismatchError), match="names must be the name of a dataset"):
+        H5Dataset(own, given, comm)
+    H5Dataset(own, BOTH, comm, seed=np.int64(3) if wrong else 3).close()
     for different in ({"seed": 3}, {"shuffle": True}, {"block_size": 7}):
         with pytest.raises(MismatchError, match=f"{next(iter(different))}="):
             H5Dataset(own, BOTH, comm, **(different if wrong else {}))

@@ -31,14 +31,44 @@ def test_interruptions_lose_and_repeat_nothing(length: int, runs: list[tuple[int
     seen: list[int] = []
     state = sampler(length).state_dict()
     for ranks, taken in [*runs, (3, length)]:
-        for rank in range(ranks):
-            own = sampler(length, rank, ranks)
+        everyone = [sampler(length, rank, ranks) for rank in range(ranks)]
+        for own in everyone:
             own.load_state_dict(state)
+            size = len(own)
             indices = list(own)
-            assert len(own) == len(indices)
+            assert size == len(indices)
             seen += indices[:taken]
-        state = own.state_dict(taken)
+            own.load_state_dict(state)
+        state = everyone[0].state_dict(taken)
     assert sorted(seen) == list(range(length))
+
+
+@local
+@PROPERTY
+@given(st.integers(0, 50), st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=6), max_size=4))
+def test_ranks_at_paces_of_their_own_lose_and_repeat_nothing(length: int, runs: list[list[int]]) -> None:
+    seen: list[int] = []
+    state = sampler(length).state_dict()
+    for run in [*runs, [length] * 3]:
+        taken = []
+        for rank, samples in enumerate(run):
+            own = sampler(length, rank, len(run))
+            own.load_state_dict(state)
+            indices = [index for index, _ in zip(own, range(samples), strict=False)]
+            seen += indices
+            taken.append(len(indices))
+        state = own._state(taken)
+    assert sorted(seen) == list(range(length))
+    assert (state["consumed"], state["rounds"]) == (length, [])
+
+
+@local
+def test_a_look_at_the_first_index_does_not_use_up_what_was_loaded() -> None:
+    own, other = sampler(20), sampler(20)
+    other.load_state_dict(own.state_dict(15))
+    next(iter(other))
+    assert list(other) == list(own)[15:]
+    assert len(other) == 20 and other.state_dict()["consumed"] == 20
 
 
 @local
@@ -99,6 +129,9 @@ def test_a_foreign_state_is_refused(change: dict[str, Any], message: str) -> Non
     own = sampler(20)
     with pytest.raises(ValueError, match=message):
         own.load_state_dict({**own.state_dict(), **change})
+    for wrong in ({"consumed": 21}, {"rounds": [[11, 10]]}, {"consumed": 15, "rounds": [[1, 1], [4]]}):
+        with pytest.raises(ValueError, match="must have consumed some of 20"):
+            own.load_state_dict({**own.state_dict(), **wrong})
     with pytest.raises(ValueError, match="got none of"):
         own.load_state_dict({"epoch": 1})
 
@@ -109,6 +142,8 @@ def test_wrong_arguments_are_named() -> None:
         DistributedSampler(iter([1]))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="seed must be"):
         DistributedSampler(3, seed=-1)
+    for length in (np.int64(5), torch.tensor(5), [0] * 5, torch.zeros(5)):
+        assert sorted(DistributedSampler(length, seed=np.int64(1))) == [0, 1, 2, 3, 4]  # type: ignore[arg-type]
 
 
 def test_ranks_share_exactly_and_states_are_equal(comm: Communicator) -> None:
@@ -116,6 +151,14 @@ def test_ranks_share_exactly_and_states_are_equal(comm: Communicator) -> None:
     everything = comm.allgather(list(own))
     assert sorted(i for share in everything for i in share) == list(range(4 * comm.size + 1))
     assert len({str(state) for state in comm.allgather(own.state_dict(2))}) == 1
+    assert own.state_dict()["consumed"] == 4 * comm.size + 1  # at the end, too
+    own.set_epoch(1)
+    taken = [index for index, _ in zip(own, range(comm.rank + 1), strict=False)]
+    state = own.gather_state()
+    assert comm.allgather(state) == [state] * comm.size
+    own.load_state_dict(state)
+    everything = comm.allgather(taken + list(own))
+    assert sorted(i for share in everything for i in share) == list(range(4 * comm.size + 1))
 
 
 @pytest.mark.mpi(min_size=2)
@@ -124,3 +167,9 @@ def test_what_differs_between_ranks_is_an_error_on_all(comm: Communicator) -> No
         DistributedSampler(9 if comm.rank == 1 else 8, comm)
     with pytest.raises((MismatchError, ValueError), match="seed must be"):
         DistributedSampler(8, comm, seed=-1 if comm.rank == 1 else 0)
+    own = DistributedSampler(8, comm, seed=np.int64(3) if comm.rank == 1 else 3)
+    with pytest.raises((MismatchError, ValueError), match="samples must be"):
+        own.gather_state(-1 if comm.rank == 1 else 0)
+    own.set_epoch(comm.rank)
+    with pytest.raises(MismatchError, match="epoch 1"):
+        own.gather_state(0)

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hpcpar.data.amplification import read_amplification
 from hpcpar.data.epoch_order import EpochOrder, Interleave
-from hpcpar.data.shares import Progress, count, cut, piece, remaining, whole_number
+from hpcpar.data.progress import Progress
+from hpcpar.data.shares import count, cut, piece, remaining, whole_number
 from tests.data.files import PROPERTY
 
 pytestmark = pytest.mark.local
@@ -61,7 +64,7 @@ def test_the_same_ranks_get_the_ends_of_their_pieces(
 @given(lengths, st.lists(st.tuples(some_ranks, st.integers(0, 12)), max_size=5))
 def test_interruptions_lose_and_repeat_nothing(length: int, runs: list[tuple[int, int]]) -> None:
     seen: list[int] = []
-    state = Progress(length, 0, 1).state()
+    state = Progress(length, 0, 1).state(0)
     for ranks, taken in [*runs, (3, length)]:
         for rank in range(ranks):
             progress = Progress(length, rank, ranks)
@@ -69,6 +72,71 @@ def test_interruptions_lose_and_repeat_nothing(length: int, runs: list[tuple[int
             seen += positions(progress.begin().spans)[:taken]
         state = progress.state(taken)
     assert sorted(seen) == list(range(length))
+
+
+@PROPERTY
+@given(lengths, st.lists(st.lists(st.integers(0, 12), min_size=1, max_size=6), max_size=4))
+def test_ranks_at_paces_of_their_own_lose_and_repeat_nothing(length: int, runs: list[list[int]]) -> None:
+    seen: list[int] = []
+    state = Progress(length, 0, 1).state(0)
+    for run in [*runs, [length] * 3]:
+        taken = []
+        for rank, samples in enumerate(run):
+            progress = Progress(length, rank, len(run))
+            progress.load(state)
+            own = positions(progress.begin().spans)[:samples]
+            seen += own
+            taken.append(len(own))
+        state = progress.state(taken)
+    assert sorted(seen) == list(range(length))
+    assert state["taken"] == max(taken)  # they have come to the end together
+
+
+@PROPERTY
+@given(lengths, some_ranks, st.integers(1, 9), st.integers(0, 9), st.booleans())
+def test_ranks_in_step_tell_the_same_up_to_the_end(
+    length: int, ranks: int, batch: int, steps: int, drop_last: bool
+) -> None:
+    told, left = [], 0
+    for rank in range(ranks):
+        progress = Progress(length, rank, ranks)
+        cursor = progress.begin()
+        own = count(cursor.spans)
+        whole = own // batch if drop_last else -(-own // batch)
+        for _ in range(min(steps, whole)):
+            cursor.advance(batch, whole_only=drop_last)
+        if steps > whole:
+            cursor.end()
+        told.append(progress.state(progress.taken()))
+        left += max(own - min(steps, whole) * batch, 0)
+    assert all(state["taken"] == told[0]["taken"] for state in told) or steps * batch < -(-length // ranks)
+    if not drop_last:
+        other = Progress(length, 0, 1)
+        other.load(told[0])
+        assert count(other.share()) == left
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"spans": [[0, 10], [0, 10]]},
+        {"spans": [[0, 6], [5, 10]]},
+        {"spans": [[5, 10], [0, 5]]},
+        {"spans": [[4, 4]]},
+        {"spans": [[0, 11]]},
+        {"ranks": 0},
+        {"taken": -1},
+        {"taken": [1, 1, 1]},
+        {"taken": [1, -1]},
+        {"epoch": 0.5},
+    ],
+)
+def test_states_that_cannot_be_are_refused(change: dict[str, Any]) -> None:
+    state = Progress(10, 0, 2).state(3)
+    progress = Progress(10, 0, 2)
+    with pytest.raises(ValueError, match="must"):
+        progress.load({**state, **change})
+    assert progress.state(3) == state
 
 
 @PROPERTY
@@ -137,12 +205,19 @@ def test_set_epoch_keeps_what_was_loaded_for_this_epoch() -> None:
     progress = Progress(10, 0, 2)
     progress.set_epoch(3)
     progress.begin()
-    state = progress.state(2)
+    state = progress.state(progress.taken(2))
     other = Progress(10, 0, 2)
     other.load(state)
     assert not other.set_epoch(3)
-    assert other.begin().spans == [(2, 5)]
-    assert other.begin().spans == [(0, 5)]  # an epoch is continued once
+    cursor = other.begin()
+    assert cursor.spans == [(2, 5)]
+    cursor.advance(3)
+    assert other.begin().spans == [(2, 5)]  # the one before was given up
+    other.begin().end()
+    assert other.begin(keep=True).spans == [(2, 5)]
+    other.begin().end()
+    assert other.share() == [(0, 5)] == other.begin().spans  # an epoch is continued once
+    other.load(state)
     assert other.set_epoch(4)
     assert other.begin().spans == [(0, 5)]
 
@@ -152,3 +227,18 @@ def test_what_is_no_whole_number_is_refused() -> None:
         with pytest.raises(ValueError, match="must be a whole number from 0"):
             whole_number("epoch", value)
     assert whole_number("epoch", np.int32(4)) == 4
+
+
+@pytest.mark.parametrize(
+    ("blocks", "window", "ranks"), [(40, 4, 1), (40, 4, 3), (40, 4, 16), (64, 1, 7), (9, 4, 5)]
+)
+def test_amplification_is_what_the_order_reads(blocks: int, window: int, ranks: int) -> None:
+    bounds = np.arange(blocks + 1) * 25
+    samples = int(bounds[-1])
+    for shuffle in (True, False):
+        order = EpochOrder(bounds, window, shuffle=shuffle, seed=0, epoch=0)
+        shares = [piece([(0, samples)], rank, ranks) for rank in range(ranks)]
+        read = sum(b - a for share in shares for task in order.tasks(share) for a, b, _ in task.blocks)
+        expected = read_amplification(samples, blocks, window, ranks, shuffle=shuffle)
+        assert read / samples == pytest.approx(expected, rel=0.05)
+    assert read_amplification(0, 0, 4, ranks, shuffle=True) == 1.0

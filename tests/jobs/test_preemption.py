@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -45,7 +47,8 @@ def stop_step(comm: Communicator, preemption: Preemption, step: object = lambda:
 def check_stop(comm: Communicator, steps: int, preemption: Preemption) -> None:
     assert comm.allgather(steps) == [steps] * comm.size
     assert SIGNALLED <= steps <= SIGNALLED + 2
-    assert preemption.reason == f"SIGUSR1 (rank {comm.size - 1} of {comm.size})"
+    why = "SIGUSR1" if comm.rank == comm.size - 1 else "another rank says so"
+    assert preemption.reason == f"{why} (rank {comm.rank} of {comm.size})"
 
 
 def test_signal_stops_all_ranks_at_the_same_step(comm: Communicator) -> None:
@@ -103,15 +106,70 @@ def test_model_without_gradients_leaves_it_to_an_exchange(comm: Communicator) ->
 
 
 def test_rank_without_batches_learns_of_it_while_it_joins(comm: Communicator) -> None:
+    """Whoever is told: a rank that trains, or one that has run out."""
     model = hpcpar.nn.DataParallel(mlp(), comm)
-    with Preemption(comm, model=model) as preemption, model.join():
-        for number in range(1 if comm.rank == 0 else 3):
-            if number == 0 and comm.rank == comm.size - 1:
-                os.kill(os.getpid(), signal.SIGUSR1)
-                preemption.requested()
-            model(torch.ones(2, 6).double()).sum().backward()
-    assert model.flag is None or model.flag.seen
+    for told in {0, comm.size - 1}:
+        with Preemption(comm, model=model) as preemption:
+            steps = 0
+            with model.join():
+                while steps < (1 if comm.rank == 0 else 50) and not preemption.requested():
+                    if steps == 0 and comm.rank == told:
+                        os.kill(os.getpid(), signal.SIGUSR1)
+                    model(torch.ones(2, 6).double()).sum().backward()
+                    steps += 1
+            assert preemption.requested()
+            assert steps < 5
     model.free()
+
+
+def test_next_one_begins_afresh(comm: Communicator) -> None:
+    model = hpcpar.nn.DataParallel(mlp(), comm)
+    for signalled in (True, False):
+        with Preemption(comm, model=model) as preemption:
+            for _ in range(3):
+                if signalled:
+                    os.kill(os.getpid(), signal.SIGUSR1)
+                model(torch.ones(2, 6).double()).sum().backward()
+                asked = preemption.requested()
+            assert asked is signalled
+    model.free()
+
+
+@pytest.mark.parametrize("model", [None, torch.nn.Linear(2, 2)])
+def test_model_that_carries_no_flag_is_as_good_as_none(comm: Communicator, model: object) -> None:
+    with Preemption(comm, model=model) as preemption:
+        check_stop(comm, stop_step(comm, preemption), preemption)
+
+
+CHILDREN = """
+import os, signal, subprocess, sys, time
+from hpcpar.jobs import Preemption
+
+with Preemption(signals=("SIGUSR1", "SIGTERM")) as preemption:
+    for number, end in [(signal.SIGTERM, signal.SIGTERM), (signal.SIGUSR1, signal.SIGUSR1)]:
+        ready, begun = os.pipe()
+        if (child := os.fork()) == 0:
+            os.write(begun, b".")  # before that, Python drops signals that a child gets
+            time.sleep(60)
+            os._exit(0)
+        os.read(ready, 1)
+        os.kill(child, number)
+        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == end  # as without us, and not left behind
+    with preemption.shielded():
+        worker = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert not preemption.requested()
+    assert preemption.requested() and preemption.reason.startswith("SIGUSR1")
+    worker.send_signal(signal.SIGUSR1)
+    worker.communicate(b"\\n", timeout=30)
+    assert worker.returncode == 0
+"""
+
+
+@pytest.mark.local
+def test_children_are_no_ranks() -> None:
+    done = subprocess.run([sys.executable, "-c", CHILDREN], capture_output=True, text=True, timeout=90)
+    assert done.returncode == 0, done.stderr
 
 
 def test_reason_of_ones_own_counts_too(comm: Communicator) -> None:
@@ -121,7 +179,7 @@ def test_reason_of_ones_own_counts_too(comm: Communicator) -> None:
             preemption.request("a file named STOP")
         while not preemption.requested():
             time.sleep(0.001)
-        assert preemption.reason == f"a file named STOP (rank 0 of {comm.size})"
+        assert preemption.reason.startswith("a file named STOP" if comm.rank == 0 else "another rank")
         with pytest.raises(SystemExit) as left:
             preemption.leave()
         assert left.value.code == REQUEUE_STATUS == 75
@@ -138,7 +196,7 @@ def test_end_of_the_job_stops_it_in_time(comm: Communicator, monkeypatch: pytest
         steps = next(number for number in range(STEPS) if preemption.requested())
         monkeypatch.undo()
         assert comm.allgather(steps) == [steps] * comm.size
-        assert preemption.reason.startswith("the job ends in ")
+        assert preemption.reason.startswith("the job ends in " if comm.rank == 0 else "another rank")
 
 
 @pytest.mark.local

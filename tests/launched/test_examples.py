@@ -80,7 +80,7 @@ def test_digits_go_on_with_another_number_of_ranks(digits_reference: list[float]
         job.wait_for_output("epoch   1")
         job.signal_rank(1, signal.SIGUSR1)  # in the middle of the second epoch
         stopped = job.wait()
-    assert "SIGUSR1 (rank 1 of 2)" in stopped.stdout
+    assert "another rank says so (rank 0 of 2)" in stopped.stdout
     assert stopped.returncode == 75
     (checkpoint,) = (tmp_path / "run").iterdir()
     assert 22 < int(checkpoint.name.removeprefix("step-")) < 44

@@ -6,9 +6,11 @@ import io
 import logging
 import sys
 import time
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
+from torch.utils.data import DataLoader, IterableDataset
 
 from hpcpar.logs import Progress, track
 from hpcpar.logs.progress import _duration
@@ -52,6 +54,21 @@ def test_unknown_length_and_nothing_to_do(clock: SimpleNamespace, caplog: pytest
         "nothing: 0 steps to do",
         "nothing: 0 of 0 steps, 0 steps/s, ended after 1 s",
     ]
+
+
+def test_more_than_there_were_said_to_be(clock: SimpleNamespace, caplog: pytest.LogCaptureFixture) -> None:
+    with Progress("training", 2) as progress:
+        clock.now += 2.0
+        progress.advance(3)
+    assert caplog.messages[-1] == "training: 3 steps, 1.5 steps/s, ended after 2 s"
+
+
+def test_loader_without_a_length_is_gone_through(caplog: pytest.LogCaptureFixture) -> None:
+    class Endless(IterableDataset[int]):
+        def __iter__(self) -> Iterator[int]:
+            return iter(range(5))
+
+    assert len(list(track(DataLoader(Endless()), "reading"))) == 5
 
 
 def test_interrupted_work_does_not_look_finished(

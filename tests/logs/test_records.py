@@ -25,6 +25,7 @@ part = logging.getLogger("hpcpar.comm.peers")
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A logger that nobody has set up."""
     kept = logger.handlers[:], logger.level, logger.propagate
+    root_level = logging.getLogger().level
     monkeypatch.delenv("HPCPAR_LOG_LEVEL", raising=False)
     monkeypatch.delenv("HPCPAR_LOG_DIR", raising=False)
     logger.handlers, logger.propagate = [], True
@@ -34,6 +35,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         handler.close()
     logger.handlers, logger.propagate = kept[0], kept[2]
     logger.setLevel(kept[1])
+    logging.getLogger().setLevel(root_level)
 
 
 @pytest.fixture
@@ -87,7 +89,7 @@ def test_restarted_job_appends(tmp_path: Path) -> None:
 
 def test_program_that_logs_itself_sees_each_record_once(capsys: pytest.CaptureFixture[str]) -> None:
     configure_by_default(0, 2)
-    logging.basicConfig(format="mine %(message)s", force=True)
+    logging.basicConfig(level="INFO", format="mine %(message)s", force=True)
     say_all()
     shown = capsys.readouterr().err.splitlines()
     assert shown == ["mine a step of 64 samples", "mine rank 5 is gone"]
@@ -107,6 +109,49 @@ def test_what_a_program_has_set_up_stays(how: str) -> None:
     assert logger.handlers == ([] if how == "level" else [handler])
 
 
+def test_program_that_wants_less_or_more_gets_it(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HPCPAR_LOG_DIR", str(tmp_path))
+    configure_by_default(3, 8)
+    logging.basicConfig(level="WARNING", format="mine %(message)s", force=True)
+    say_all()
+    assert capsys.readouterr().err.splitlines() == ["mine rank 5 is gone"]
+    assert "a step of 64 samples" in (tmp_path / "rank-3.log").read_text()
+    logger.handlers.clear()
+    logger.setLevel(logging.NOTSET)
+    logging.basicConfig(level="DEBUG", format="mine %(message)s", force=True)
+    configure_by_default(3, 8)  # after the program has said what it wants
+    say_all()
+    assert len(capsys.readouterr().err.splitlines()) == 3
+
+
+@pytest.mark.parametrize("name", ["hpcpar", "hpcpar.comm", "hpcpar.comm.peers"])
+def test_level_that_the_program_sets_later_counts(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    configure_by_default(3, 8)
+    logging.basicConfig(level="WARNING", format="mine %(message)s", force=True)
+    before = logging.getLogger(name).level
+    logging.getLogger(name).setLevel(logging.INFO)
+    try:
+        say_all()
+    finally:
+        logging.getLogger(name).setLevel(before)
+    assert len(capsys.readouterr().err.splitlines()) == 2
+
+
+def test_folder_that_cannot_be_written_does_not_end_the_job(
+    bare_root: Callable[[], None],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HPCPAR_LOG_DIR", str(tmp_path / "file/logs"))
+    bare_root()
+    configure_by_default(1, 2)
+    assert "Not a directory. This rank writes no file" in capsys.readouterr().err
+
+
 def test_filter_gives_the_rank_to_formats_of_ones_own() -> None:
     record = part.makeRecord("x", logging.INFO, "f", 1, "text", (), None)
     assert RankFilter(2, 4).filter(record)
@@ -114,8 +159,9 @@ def test_filter_gives_the_rank_to_formats_of_ones_own() -> None:
 
 
 def test_wrong_level_and_folder_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(HpcparError, match=r"must be one of .*WARNING.* got 'loud'"):
-        configure(SimpleNamespace(rank=0, size=1), level="loud")
+    for level in ("loud", "notset", None):
+        with pytest.raises(HpcparError, match=rf"must be one of .*WARNING.* got {level!r}"):
+            configure(SimpleNamespace(rank=0, size=1), level=level)
     (tmp_path / "file").touch()
     with pytest.raises(
         HpcparError, match=r"must be writable, got .*file/logs: Not a directory \(rank 1 of 2"
