@@ -79,15 +79,29 @@ class _Screen(logging.StreamHandler[TextIO]):
         return sys.stderr
 
 
+class _DefaultScreen(_Screen):
+    """The screen, until the program sets up logging of its own: then all is left to that."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Show a record, in one piece, so that those of several ranks do not mix within a line."""
+        if not logging.getLogger().handlers:
+            super().emit(record)
+            return
+        logger = logging.getLogger(LOGGER_NAME)
+        logger.removeHandler(self)
+        if isinstance(logger.level, _DefaultLevel):
+            logger.setLevel(logging.NOTSET)
+
+
 class _RootOrScreen(_Screen):
-    """The root logger's handlers if it has any, else the screen."""
+    """The root logger's handlers if it has any, else the screen; beside a file, which wants more than these."""
 
     def __init__(self, shown: int) -> None:
         super().__init__()
         self._shown = shown
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Give a record to whoever shows it; here in one piece, so that those of several ranks do not mix."""
+        """Give a record to whoever shows it."""
         root = logging.getLogger()
         if root.handlers:
             if root.isEnabledFor(record.levelno) or _is_asked_for(record):
@@ -147,7 +161,9 @@ def configure(
                 f"a folder of log files must be writable, got {folder}: {error.strerror} "
                 f"(rank {comm.rank} of {comm.size})"
             ) from error
-    return _set_up(handlers, shown if folder is None else min(shown, level), comm.rank, comm.size)
+    logger = _set_up(handlers, shown if folder is None else min(shown, level), comm.rank, comm.size)
+    logger.propagate = False
+    return logger
 
 
 def configure_by_default(rank: int, size: int) -> None:
@@ -165,18 +181,21 @@ def configure_by_default(rank: int, size: int) -> None:
         return
     level = _level(os.environ.get("HPCPAR_LOG_LEVEL") or "INFO")
     shown = level if rank == 0 else max(level, logging.WARNING)
+    root = logging.getLogger()
+    folder = os.environ.get("HPCPAR_LOG_DIR") or None
+    if folder is None:
+        if not root.handlers:
+            _set_up([_DefaultScreen()], _DefaultLevel(shown), rank, size)
+        return
     handlers: list[logging.Handler] = [_RootOrScreen(shown)]
     problem = None
-    if folder := os.environ.get("HPCPAR_LOG_DIR"):
-        try:
-            handlers.append(_file(Path(folder), level, rank, size))
-        except OSError as error:
-            problem = f"HPCPAR_LOG_DIR must be a folder that can be written, got {folder}: {error.strerror}"
-    lowest = level if folder else shown
-    root = logging.getLogger()
-    # A program that has set up its logging, and before this: what it wants to see, it shall get.
-    lowest = min(lowest, root.level) if root.handlers else lowest
+    try:
+        handlers.append(_file(Path(folder), level, rank, size))
+    except OSError as error:
+        problem = f"HPCPAR_LOG_DIR must be a folder that can be written, got {folder}: {error.strerror}"
+    lowest = min(level, root.level) if root.handlers else level
     _set_up(handlers, _DefaultLevel(lowest), rank, size)
+    logger.propagate = False  # the handler hands the root logger's what they are to have
     if problem is not None:
         logger.warning("%s. This rank writes no file", problem)
 
@@ -192,7 +211,6 @@ def _set_up(handlers: list[logging.Handler], level: int, rank: int, size: int) -
         handler.setFormatter(logging.Formatter(FORMAT, time_format))
         logger.addHandler(handler)
     logger.setLevel(level)
-    logger.propagate = False  # the handlers know what is for the root logger's
     return logger
 
 
