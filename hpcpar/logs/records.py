@@ -94,7 +94,7 @@ class _DefaultScreen(_Screen):
 
 
 class _RootOrScreen(_Screen):
-    """The root logger's handlers if it has any, else the screen; beside a file, which wants more than these."""
+    """The root logger's handlers if it has any, else the screen; beside a file, whose level is lower."""
 
     def __init__(self, shown: int) -> None:
         super().__init__()
