@@ -29,6 +29,7 @@ from tests.agreement import FAILED, InStep
 from tests.launching import launched_rank, launched_size
 
 LAUNCHED = Path(__file__).resolve().parent / "launched"
+COMM = Path(__file__).resolve().parent / "comm"
 LIMIT_S = 120.0
 LAST_WORDS_S = 2.0
 
@@ -71,10 +72,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def runs_on_another_mpi(item: pytest.Item) -> bool:
-    """Whether a test needs one MPI only, and tests/matrix.py runs it on that one."""
-    mark = item.get_closest_marker("one_mpi")
+    """Whether a test needs one MPI only, and tests/matrix.py runs it on that one.
+
+    That is the one it names, or the first for what needs no other rank and is not about ranks at all.
+    """
     here, everywhere = os.environ.get("HPCPAR_TEST_MPI"), os.environ.get("HPCPAR_TEST_MPIS", "").split()
-    return mark is not None and mark.args[0] in everywhere and mark.args[0] != here
+    mark = item.get_closest_marker("one_mpi")
+    if mark is not None:
+        return mark.args[0] in everywhere and mark.args[0] != here
+    is_about_ranks = item.path.is_relative_to(COMM)
+    return "local" in item.keywords and not is_about_ranks and here in everywhere[1:]
 
 
 # ---- time limit --------------------------------------------------------------------------------------------

@@ -8,7 +8,8 @@
 
 A cell is one ``mpirun -n N`` of pytest; "launched" is one ordinary pytest of ``tests/launched``, whose tests
 start ``mpirun`` themselves. Cells run one after the other, for each uses all cores. What tests scripts rather
-than the library, such as the examples, is marked ``one_mpi`` and runs on that one if both are chosen.
+than the library, such as the examples, is marked ``one_mpi`` and runs on that one if both are chosen; so does
+what is ``local``, on the first, unless it tests hpcpar.comm.
 
 Rank 0 writes to the screen, the others to ``build/tests/<mpi>-<ranks>/rank<r>.txt``, of which the ends are
 shown on failure.
