@@ -3,6 +3,7 @@
 ::
 
     mpirun -n 2 python benchmarks/io_reading.py [--samples 60000] [--folder /scratch/me] [--cold]
+    python benchmarks/io_reading.py --amplification
 
 The data is like Fashion-MNIST, images of 28 x 28 bytes and a label, in one HDF5 file with gzip, one without,
 and a .npy file. Each variant reads a share for each rank, in turn (:mod:`common` says how); slow ones read a
@@ -15,6 +16,9 @@ part of it, and all are compared by samples per second over all ranks::
     plain read          the compressed file as bytes: what the disk, or the page cache, can do
 
 Files that were just written lie in the page cache. ``--cold`` has the system drop them before each run.
+
+``--amplification`` reads nothing: it prints how much ranks would read in a shuffled epoch, as a multiple of
+the data, with the default blocks and windows, for data of several sizes and up to 512 ranks.
 """
 
 from __future__ import annotations
@@ -49,6 +53,9 @@ from common import (
 )
 from hpcpar.comm import MPI, Communicator
 from hpcpar.data import DistributedSampler, H5Dataset
+from hpcpar.data.amplification import read_amplification
+from hpcpar.data.h5_files import Field, FilePart, Layout
+from hpcpar.data.read_options import ReadOptions
 
 NAMES = ["images", "labels"]
 BATCH, THROUGH_ROWS, SIDE = 64, 8192, 28
@@ -60,6 +67,14 @@ WORKERS = "H5Dataset, 2 workers"
 SINGLE, SINGLE_WORKERS = "h5py per sample", "h5py per sample, 2 workers"
 MEMMAP, MEMMAP_BATCHES, PLAIN = "memmap per sample", "memmap batches", "plain read of the file"
 GZIP, RAW = "gzip", "uncompressed"
+
+RANKS = (2, 4, 8, 16, 64, 512)
+DATA = (  # what --amplification is about: samples, bytes of each, samples in a chunk
+    ("60,000 x 784 B, chunks of 256", 60000, 784, 256),
+    ("1,400,000 x 784 B, chunks of 256", 1400000, 784, 256),
+    ("100,000 x 147 KiB, chunks of 4", 100000, 150528, 4),
+    ("1,280,000 x 18 KiB, chunks of 32", 1280000, 18816, 32),
+)
 
 
 @dataclass
@@ -109,6 +124,10 @@ def main() -> None:
     """Run the benchmark. **Collective.**"""
     comm = hpcpar.comm.world()
     options = parse_arguments(make_parser(), comm)
+    if options.amplification:
+        if comm.rank == 0:
+            show_amplification()
+        return
     if options.quick:
         options.samples, options.single_samples = min(options.samples, 3000), 64
         options.repetitions = min(options.repetitions, 2)
@@ -155,6 +174,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--cold", action="store_true", help="drop the files from the page cache before each run"
+    )
+    parser.add_argument(
+        "--amplification", action="store_true", help="only print how much ranks would read of larger data"
     )
     return parser
 
@@ -372,6 +394,20 @@ def show(rows: list[dict[str, Any]], size_bytes: int, options: argparse.Namespac
         f"{verdict(of, GOAL_OF_THROUGH, at_least=True)}",
         flush=True,
     )
+
+
+def show_amplification() -> None:
+    """Print what ranks read of several data sets, by what there is. **Local**, rank 0."""
+    cells = []
+    for name, samples, nbytes, chunk in DATA:
+        layout = Layout((Field("x", (nbytes,), np.dtype("u1")),), (FilePart(name, samples, chunk, 0),))
+        blocks = len(layout.bounds()) - 1
+        window = ReadOptions(True, 0, None, None, None, 2, None, None).window(layout, blocks)
+        times = [read_amplification(samples, blocks, window, ranks, shuffle=True) for ranks in RANKS]
+        size = f"{samples * nbytes / 2**20:,.0f} MiB"
+        cells.append([name, size, str(blocks), str(window), *(f"{value:.2f}" for value in times)])
+    columns = ["data", "size", "blocks", "window", *(f"{ranks} ranks" for ranks in RANKS)]
+    print_table("read in a shuffled epoch, as a multiple of the data", columns, cells)
 
 
 def draw(rows: list[dict[str, Any]], environment: Environment) -> Any:

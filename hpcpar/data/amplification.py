@@ -40,7 +40,9 @@ def read_amplification(samples: int, blocks: int, window_blocks: int, ranks: int
         return 1.0
     size = samples / blocks
     window = size * min(window_blocks if shuffle else 1, blocks)
-    edges = np.linspace(0, samples, ranks + 1).round()
+    share, larger = divmod(samples, ranks)
+    numbers = np.arange(ranks + 1)
+    edges = numbers * share + np.minimum(numbers, larger)
     first, last = edges[:-1] // window, np.ceil(edges[1:] / window) - 1
     inside = first == last
     head, tail = np.minimum(edges[1:], (first + 1) * window) - edges[:-1], edges[1:] - last * window

@@ -416,5 +416,5 @@ def test_reading_much_more_than_there_is_warns(tmp_path: Path, caplog: pytest.Lo
     data._warn_of_amplification(2)
     assert not caplog.messages
     data._warn_of_amplification(8)
-    assert "8 ranks read the data 2.8 times in each epoch" in caplog.text
+    assert "8 ranks read the data 2.0 times in each epoch" in caplog.text
     assert "Use cache='node'" in caplog.text

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -54,7 +55,7 @@ def test_ranks_at_paces_of_their_own_lose_and_repeat_nothing(length: int, runs: 
         for rank, samples in enumerate(run):
             own = sampler(length, rank, len(run))
             own.load_state_dict(state)
-            indices = [index for index, _ in zip(own, range(samples), strict=False)]
+            indices = list(islice(own, samples))
             seen += indices
             taken.append(len(indices))
         state = own._state(taken)
@@ -153,7 +154,7 @@ def test_ranks_share_exactly_and_states_are_equal(comm: Communicator) -> None:
     assert len({str(state) for state in comm.allgather(own.state_dict(2))}) == 1
     assert own.state_dict()["consumed"] == 4 * comm.size + 1  # at the end, too
     own.set_epoch(1)
-    taken = [index for index, _ in zip(own, range(comm.rank + 1), strict=False)]
+    taken = list(islice(own, comm.rank + 1))
     state = own.gather_state()
     assert comm.allgather(state) == [state] * comm.size
     own.load_state_dict(state)
