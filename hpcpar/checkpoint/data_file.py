@@ -34,6 +34,8 @@ __all__ = ["DataFile", "DataReader", "write_data_file"]
 _FORMAT = "hpcpar checkpoint data 1"
 _PAGE = 4096
 _SYNC_BYTES = 64 << 20
+_SMALL_BYTES = 64 << 10
+_BATCH_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -91,19 +93,49 @@ def write_data_file(
 def _write_leaves(handle: int, leaves: Sequence[LeafValue], work: Sequence[Write], offset: int) -> None:
     """Write and sync; a thread has the system begin with the disk while more is written to its memory."""
     number, data, ahead = -1, torch.empty(0, dtype=torch.uint8), 0
+    batch = _Batch(handle)
     with ThreadPoolExecutor(1) as thread:
         synced: Future[None] | None = None
         for write in work:
             if write.leaf != number:  # slices of a leaf follow each other: it is copied to the host once
                 number, data = write.leaf, as_bytes(leaves[write.leaf])
             part = data[write.start : write.end]
-            _write_all(handle, memory_of(part.numpy()), offset + write.offset)
+            batch.write(memory_of(part.numpy()), offset + write.offset)
             ahead += part.numel()
             if ahead >= _SYNC_BYTES and (synced is None or synced.done()):
                 _raise_error(synced)
                 synced, ahead = _begin_to_sync(thread, handle), 0
+        batch.flush()
         _raise_error(synced)
     os.fsync(handle)
+
+
+class _Batch:
+    """Writes small pieces that follow each other by one call for many; what is between them becomes zero."""
+
+    def __init__(self, handle: int) -> None:
+        self._handle = handle
+        self._start = 0
+        self._bytes = bytearray()
+
+    def write(self, data: memoryview, offset: int) -> None:
+        """Write now, or later together with others."""
+        gap = offset - self._start - len(self._bytes)
+        if not 0 <= gap < _SMALL_BYTES or len(self._bytes) >= _BATCH_BYTES or data.nbytes > _SMALL_BYTES:
+            self.flush()
+        if data.nbytes > _SMALL_BYTES:
+            _write_all(self._handle, data, offset)
+            return
+        if not self._bytes:
+            self._start, gap = offset, 0
+        self._bytes += bytes(gap)
+        self._bytes += data
+
+    def flush(self) -> None:
+        """Write what is left."""
+        if self._bytes:
+            _write_all(self._handle, memoryview(self._bytes), self._start)
+            self._bytes = bytearray()
 
 
 def _begin_to_sync(thread: ThreadPoolExecutor, handle: int) -> Future[None] | None:

@@ -16,6 +16,7 @@ older generations: after a crash of their writer nobody needs them, and an older
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
@@ -32,20 +33,31 @@ __all__ = [
     "foreign_files",
     "generation_of",
     "locked",
+    "make_folder",
     "new_generation",
     "our_files",
     "remove_folder",
     "sync",
+    "sync_folder",
 ]
 
 MANIFEST = "manifest.json"
 LOCK = ".lock"
 _OURS = re.compile(r"([0-9a-f]{16}-[0-9a-f]{8})[-.][a-z0-9.-]*")
+_LAST_TIME = 16**16 - 1
+_CANNOT_SYNC = (errno.EACCES, errno.EINVAL, errno.ENOTSUP)
 
 
-def new_generation() -> str:
-    """A name that no other save has, larger than those before. Local."""
-    return f"{time.time_ns():016x}-{secrets.token_hex(4)}"
+def new_generation(after: str = "") -> str:
+    """A name that no other save has, larger than those before. Local.
+
+    Parameters
+    ----------
+    after
+        Another generation, which may come from a clock that is ahead of this one.
+    """
+    now = max(time.time_ns(), int(after[:16] or "0", 16) + 1)
+    return f"{min(now, _LAST_TIME):016x}-{secrets.token_hex(4)}"
 
 
 def data_name(generation: str, rank: int) -> str:
@@ -95,6 +107,30 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def sync_folder(path: Path) -> None:
+    """The same for a folder, where the system can: some cannot, or want the right to list it. Local."""
+    try:
+        sync(path)
+    except OSError as error:
+        if error.errno not in _CANNOT_SYNC:
+            raise
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, and those above it, and see that the disk knows of them. Local, on any ranks."""
+    if path.is_dir():
+        return
+    if path.parent != path:
+        make_folder(path.parent)
+    try:
+        path.mkdir()
+    except FileExistsError:
+        if not path.is_dir():
+            raise
+        return
+    sync_folder(path.parent)
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Keep other writers from committing. Local; on file systems without locks it does nothing."""
@@ -104,4 +140,5 @@ def locked(folder: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(handle)
+        with suppress(OSError):
+            os.close(handle)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from hpcpar.checkpoint.tree import LEAF_KINDS, MAPPINGS, SEQUENCES, Node, items_
 from hpcpar.errors import CheckpointError
 
 __all__ = ["CheckpointInfo", "Entry", "export", "info", "verify"]
+
+_LOG = logging.getLogger(__name__)
+_MOST_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ def info(path: str | os.PathLike[str]) -> CheckpointInfo:
     folder = Path(path)
     manifest = _manifest(folder)
     nbytes = sum(file.nbytes for file in manifest.files if file is not None)
-    entries = tuple(_entry(name, ranks, node) for name, ranks, node in _values(manifest.node))
+    entries = tuple(map(_entry, _values(manifest.node)))
     return CheckpointInfo(folder, manifest.created, manifest.ranks, dict(manifest.versions), nbytes, entries)
 
 
@@ -102,14 +106,20 @@ def verify(path: str | os.PathLike[str]) -> CheckpointInfo:
     folder = Path(path)
     manifest = _manifest(folder)
     with LeafReader(folder, manifest) as reader:
-        for _, _, node in _values(manifest.node):
-            if kind_of(node) in LEAF_KINDS:
-                reader.value(node)
+        for value in _values(manifest.node):
+            if kind_of(value.node) in LEAF_KINDS:
+                reader.value(value.node)
                 reader.forget()
     return info(folder)
 
 
-def export(path: str | os.PathLike[str], target: str | os.PathLike[str], *, prefix: str = "") -> list[str]:
+def export(
+    path: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    prefix: str = "",
+    skip_per_rank: bool = False,
+) -> list[str]:
     """Write the tensors of a checkpoint to a file of safetensors. Local.
 
     Parameters
@@ -120,17 +130,20 @@ def export(path: str | os.PathLike[str], target: str | os.PathLike[str], *, pref
         The file; overwritten if it is there.
     prefix
         Only tensors whose names begin with it, such as ``"model."``; it is taken off their names.
+    skip_per_rank
+        Leave out tensors that differ between ranks though they are not marked by
+        :class:`~hpcpar.checkpoint.PerRank`; they are named in a warning. Else they are an error.
 
     Returns
     -------
     list of str
-        The names in the file. Values of single ranks are left out.
+        The names in the file. Tensors that are marked are left out, and named in a warning.
 
     Raises
     ------
     CheckpointError
-        When there is no such tensor, the checkpoint is damaged, the file cannot be written, or the package
-        ``safetensors`` is missing.
+        When there is no such tensor, two have the same name, or one differs between ranks; when the
+        checkpoint is damaged, the file cannot be written, or the package ``safetensors`` is missing.
     """
     try:
         from safetensors.torch import save_file
@@ -140,14 +153,12 @@ def export(path: str | os.PathLike[str], target: str | os.PathLike[str], *, pref
         ) from error
     folder, target = Path(path), Path(target)
     manifest = _manifest(folder)
+    wanted = _exported(folder, manifest, prefix, skip_per_rank)
     tensors: dict[str, torch.Tensor] = {}
     with LeafReader(folder, manifest) as reader:
-        for name, ranks, node in _values(manifest.node):
-            if kind_of(node) == "tensor" and not ranks and name.startswith(prefix) and name != prefix:
-                tensors[name.removeprefix(prefix)] = torch.as_tensor(reader.value(node))
-                reader.forget()  # two names of one tensor are two in the file
-    if not tensors:
-        raise CheckpointError(f"{folder} must have tensors whose names begin with {prefix!r}, got none")
+        for name, node in wanted.items():
+            tensors[name.removeprefix(prefix)] = torch.as_tensor(reader.value(node))
+            reader.forget()  # two names of one tensor are two in the file
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         save_file(tensors, str(temporary), metadata={"format": "pt"})
@@ -158,28 +169,72 @@ def export(path: str | os.PathLike[str], target: str | os.PathLike[str], *, pref
     return list(tensors)
 
 
+def _exported(folder: Path, manifest: Manifest, prefix: str, skip_per_rank: bool) -> dict[str, Node]:
+    """Names and nodes of the tensors that go into the file."""
+    found: dict[str, Node] = {}
+    left_out: dict[str, bool] = {}
+    for value in _values(manifest.node):
+        if kind_of(value.node) != "tensor" or not value.name.startswith(prefix) or value.name == prefix:
+            continue
+        if value.ranks:
+            left_out[value.name] = value.is_marked
+        elif value.name in found:
+            raise CheckpointError(
+                f"names of exported tensors must be unique, got {value.name} twice in {folder}: keys may not "
+                "contain dots or differ in their type only"
+            )
+        else:
+            found[value.name] = value.node
+    different = [name for name, is_marked in left_out.items() if not is_marked]
+    if different and not skip_per_rank:
+        raise CheckpointError(
+            f"exported tensors must be the same on all ranks, got different ones for {_names(different)} in "
+            f"{folder}. Leave them out by skip_per_rank (--skip-per-rank)"
+        )
+    if not found:
+        raise CheckpointError(f"{folder} must have tensors whose names begin with {prefix!r}, got none")
+    if left_out:
+        _LOG.warning("not exported, since they belong to single ranks: %s", _names(list(left_out)))
+    return found
+
+
+def _names(names: Sequence[str]) -> str:
+    more = len(names) - _MOST_NAMED
+    return ", ".join(names[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
 def _manifest(folder: Path) -> Manifest:
     return manifest_from(manifest_text(folder), folder)
 
 
+@dataclass(frozen=True)
+class _Value:
+    """All that is not a container: its name, whose it is, its node."""
+
+    name: str
+    ranks: tuple[int, ...]
+    is_marked: bool
+    node: Node
+
+
 def _values(
-    node: Node, name: str = "", ranks: tuple[int, ...] = ()
-) -> Iterator[tuple[str, tuple[int, ...], Node]]:
-    """Name, owners and node of all that is not a container."""
+    node: Node, name: str = "", ranks: tuple[int, ...] = (), is_marked: bool = False
+) -> Iterator[_Value]:
     kind = kind_of(node)
     if kind == "ranks":
         for members, item in node["items"]:
-            yield from _values(item, name, tuple(members))
+            yield from _values(item, name, tuple(members), is_marked or node["marked"])
     elif kind in MAPPINGS or kind in SEQUENCES:
         for key, item in items_of(node):
-            yield from _values(item, f"{name}.{key}" if name else str(key), ranks)
+            yield from _values(item, f"{name}.{key}" if name else str(key), ranks, is_marked)
     else:
-        yield name, ranks, node
+        yield _Value(name, ranks, is_marked, node)
 
 
-def _entry(name: str, ranks: tuple[int, ...], node: Node) -> Entry:
-    kind = kind_of(node)
+def _entry(value: _Value) -> Entry:
+    node, kind = value.node, kind_of(value.node)
     if kind in LEAF_KINDS:
-        return Entry(name, kind, str(node["dtype"]), tuple(node["shape"]), nbytes_of(node), ranks, "")
-    value: Any = value_of(node)
-    return Entry(name, type(value).__name__, "", (), 0, ranks, f"{value!r:.60}")
+        shape = tuple(node["shape"])
+        return Entry(value.name, kind, str(node["dtype"]), shape, nbytes_of(node), value.ranks, "")
+    plain: Any = value_of(node)
+    return Entry(value.name, type(plain).__name__, "", (), 0, value.ranks, f"{plain!r:.60}")

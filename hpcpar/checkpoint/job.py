@@ -7,11 +7,14 @@
     every rank   write its file, sync it     -> gather
     rank 0       write the manifest, rename  -> broadcast the outcome
 
-Whatever fails, on any rank, fails on all with the same error, and what was committed before stays as it was.
+Whatever fails before the rename, on any rank, fails on all with the same error, and what was committed before
+stays as it was. The rename is the commit. After it nothing is an error any more: what is left to do, to sync
+the folder and to remove what was replaced, is logged where it fails, and the next save does it.
 """
 
 from __future__ import annotations
 
+import logging
 from contextlib import suppress
 from dataclasses import astuple, dataclass
 from datetime import UTC, datetime
@@ -23,16 +26,18 @@ import torch
 
 from hpcpar.checkpoint.data_file import DataFile, write_data_file
 from hpcpar.checkpoint.fingerprint import fingerprint
-from hpcpar.checkpoint.folder import LOCK, MANIFEST, data_name, generation_of, locked, our_files, sync
+from hpcpar.checkpoint.folder import LOCK, MANIFEST, data_name, generation_of, locked, our_files, sync_folder
 from hpcpar.checkpoint.leaves import as_bytes
 from hpcpar.checkpoint.manifest import Manifest, manifest_from, manifest_text, write_manifest
 from hpcpar.checkpoint.plan import Description, Plan, Write, describe, make_plan
-from hpcpar.checkpoint.ranks import Ranks, together
+from hpcpar.checkpoint.ranks import Ranks, attempt
 from hpcpar.checkpoint.retention import remove_older
 from hpcpar.checkpoint.tree import Tree
 from hpcpar.errors import CheckpointError
 
 __all__ = ["SaveJob"]
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -76,21 +81,17 @@ class SaveJob:
         try:
             self._write(ranks, self._plan(ranks))
         except CheckpointError:
-            with suppress(OSError):
-                self._path(ranks.rank).unlink(missing_ok=True)
-            ranks.allgather(None)
-            if ranks.rank == 0:
-                self._remove_if_new()
+            self._clean_up(ranks)
             raise
 
     # ---- the plan -----------------------------------------------------------------------------------------
 
     def _plan(self, ranks: Ranks) -> _Share:
-        description = together(ranks, self._describe)
+        description = attempt(ranks, self._describe)
         digests = ranks.allgather(description.digest)
         is_first = digests.index(description.digest) == ranks.rank
         gathered = ranks.gather(description.to_json(complete=is_first))
-        plan = together(ranks, lambda: _planned(gathered))
+        plan = attempt(ranks, lambda: _planned(gathered))
         shares = None
         if plan is not None:
             work = [[list(astuple(write)) for write in writes] for writes in plan.work]
@@ -105,10 +106,10 @@ class SaveJob:
     # ---- the data, and the commit -------------------------------------------------------------------------
 
     def _write(self, ranks: Ranks, share: _Share) -> None:
-        file = together(ranks, lambda: self._write_data(ranks.rank, share))
+        file = attempt(ranks, lambda: self._write_data(ranks.rank, share))
         gathered = ranks.gather(None if file is None else list(astuple(file)))
         plan = share.plan
-        together(ranks, lambda: None if plan is None else self._commit(gathered or [], plan))
+        attempt(ranks, lambda: None if plan is None else self._commit(gathered or [], plan))
 
     def _write_data(self, rank: int, share: _Share) -> DataFile | None:
         if not share.work:
@@ -128,21 +129,28 @@ class SaveJob:
         created = datetime.now(UTC).isoformat(timespec="seconds")
         manifest = Manifest(self.generation, len(files), created, versions, plan.node, plan.leaves, files)
         try:
-            sync(self.folder)
+            sync_folder(self.folder)
             with locked(self.folder):
                 self._check_visible(files)
                 old = self._committed()
                 write_manifest(self.folder, manifest)
-                self._remove_old(old)
-            sync(self.folder.parent)
+                self._settle(old)
         except OSError as error:
             text = f"{self.folder / MANIFEST} must be writable, got {error.strerror or error}"
             raise CheckpointError(text) from error
         finally:
             with suppress(OSError):
                 (self.folder / f"{self.generation}.manifest").unlink(missing_ok=True)
-        if self.keep is not None:
-            remove_older(self.folder, self.keep)
+
+    def _settle(self, old: str | None) -> None:
+        """After the commit: have it reach the disk, and only then remove what it replaces."""
+        try:
+            sync_folder(self.folder)
+            self._remove_old(old)
+            if self.keep is not None:
+                remove_older(self.folder, self.keep)
+        except OSError as error:
+            _LOG.warning("%s is saved, but what it replaces may still be there: %s", self.folder, error)
 
     def _check_visible(self, files: tuple[DataFile | None, ...]) -> None:
         """Whether rank 0 finds the files of all, which it is about to commit."""
@@ -170,6 +178,18 @@ class SaveJob:
             if generation is not None and (generation < self.generation or generation == committed):
                 with suppress(OSError):
                     path.unlink()
+
+    # ---- after a failure ----------------------------------------------------------------------------------
+
+    def _clean_up(self, ranks: Ranks) -> None:
+        """Remove what this save has written, unless it was committed: interrupts come at any moment."""
+        if ranks.bcast(self._committed() == self.generation if ranks.rank == 0 else None):
+            return
+        with suppress(OSError):
+            self._path(ranks.rank).unlink(missing_ok=True)
+        ranks.allgather(None)
+        if ranks.rank == 0:
+            self._remove_if_new()
 
     def _remove_if_new(self) -> None:
         """Remove a folder in which nothing was ever committed."""

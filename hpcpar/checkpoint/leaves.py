@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
+from torch.nn.parameter import is_lazy
 
 from hpcpar.errors import CheckpointError
 
@@ -48,6 +49,10 @@ def describe_leaf(value: LeafValue, where: str) -> dict[str, Any]:
     CheckpointError
         For tensors and arrays that are more than a block of numbers.
     """
+    if isinstance(value, torch.Tensor) and is_lazy(value):
+        raise CheckpointError(
+            f"{where} must have a shape, got one that is not yet initialised. Run the lazy module once first"
+        )
     if isinstance(value, torch.Tensor):
         if value.layout is not torch.strided or value.is_meta or value.is_quantized or value.is_nested:
             raise CheckpointError(

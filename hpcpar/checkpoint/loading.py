@@ -7,16 +7,16 @@ everything. Nothing in a checkpoint is executed or unpickled, wherever it came f
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hpcpar.checkpoint.manifest import Manifest, manifest_from, manifest_text
-from hpcpar.checkpoint.ranks import Alone, Ranks, together
+from hpcpar.checkpoint.manifest import manifest_from, manifest_text
+from hpcpar.checkpoint.ranks import Alone, Ranks, ranks_of, together
 from hpcpar.checkpoint.reading import LeafReader
+from hpcpar.checkpoint.saving import finish_pending
 from hpcpar.checkpoint.template import Place, Template
-from hpcpar.comm import MPI
+from hpcpar.errors import CheckpointError
 
 if TYPE_CHECKING:
     from hpcpar.comm import Communicator
@@ -32,12 +32,12 @@ def load(
     strict: bool = True,
     verify: bool = True,
 ) -> Any:
-    """Load what was saved, on any number of ranks. Collective with ``comm``, else Local.
+    """Load what was saved, on any number of ranks. Collective; Local for a process alone.
 
     Parameters
     ----------
     path
-        The folder.
+        The folder, the same on all ranks.
     state
         A template: what of the checkpoint is wanted, in the same nested form. Its tensors and arrays are
         filled in place, on their devices, and must have the saved shapes and dtypes; other values are
@@ -45,7 +45,8 @@ def load(
         or an empty list, in any place, takes all that is saved there. What it does not ask for is not read.
         By default everything is loaded, tensors on the host.
     comm
-        The ranks that load together, so that a failure on one is raised by all.
+        The ranks that load together, so that a failure on one is raised by all. By default all ranks of the
+        job, or this process if it was started alone.
     strict
         Whether it is an error when the template asks for something that was not saved, or when ranks saved
         different values, unmarked, and their number is another one now. Otherwise these places are left as
@@ -68,15 +69,20 @@ def load(
     -----
     A value that was marked by :class:`~hpcpar.checkpoint.PerRank` comes back on the rank of the same number;
     on others, when there are more ranks than then, the template keeps what it has, and without one it is
-    ``None``. A process that loads without ``comm`` has its rank in the job, or is rank 0.
+    ``None``. A process alone is rank 0.
+
+    Where all of a dict is taken, by an object or without a template, a rank gets back the keys that it had
+    itself if the number of ranks is the one that saved, and the keys of all ranks if it is another.
     """
-    folder = Path(path)
-    ranks: Ranks = Alone() if comm is None else comm
+    communicator = ranks_of(comm)
+    ranks: Ranks = Alone() if communicator is None else communicator
+    folder = _agreed(ranks, path)
+    finish_pending(folder)
     text = together(ranks, _on_root(ranks, lambda: manifest_text(folder)))
     text = ranks.bcast(text)
     manifest = together(ranks, lambda: manifest_from(text, folder))
     with LeafReader(folder, manifest, verify=verify) as reader:
-        template = Template(reader, _place(comm, manifest), strict=strict)
+        template = Template(reader, Place(ranks.rank, ranks.size, manifest.ranks), strict=strict)
         read = together(ranks, lambda: template.match(state, manifest.node))
         result = together(ranks, read)
         together(ranks, template.load_objects)
@@ -87,10 +93,15 @@ def _on_root(ranks: Ranks, action: Callable[[], str]) -> Callable[[], str]:
     return action if ranks.rank == 0 else str
 
 
-def _place(comm: Communicator | None, manifest: Manifest) -> Place:
-    if comm is not None:
-        return Place(comm.rank, comm.size, manifest.ranks)
-    library = sys.modules.get("mpi4py.MPI")
-    if library is None or not library.Is_initialized() or library.Is_finalized():
-        return Place(0, 1, manifest.ranks)
-    return Place(MPI.COMM_WORLD.Get_rank(), MPI.COMM_WORLD.Get_size(), manifest.ranks)
+def _agreed(ranks: Ranks, path: str | os.PathLike[str]) -> Path:
+    """The folder, which all ranks must mean: by values of several checkpoints nothing would look wrong."""
+    paths = ranks.allgather(os.path.abspath(path) if os.fspath(path) else "")
+    different = next((rank for rank, other in enumerate(paths) if other != paths[0]), None)
+    if different is not None:
+        raise CheckpointError(
+            f"path of a checkpoint must be the same on all ranks, got {paths[0]!r} on rank 0 and "
+            f"{paths[different]!r} on rank {different}. Find it by latest(folder, comm)"
+        )
+    if not paths[0]:
+        raise CheckpointError("path must be the folder of a checkpoint, got ''")
+    return Path(path)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hpcpar.checkpoint.data_file import DataFile
-from hpcpar.checkpoint.folder import MANIFEST, generation_of, sync
+from hpcpar.checkpoint.folder import MANIFEST, generation_of
 from hpcpar.checkpoint.plan import Piece
 from hpcpar.checkpoint.tree import Node
 from hpcpar.errors import CheckpointError
@@ -64,7 +64,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     Raises
     ------
     OSError
-        When it cannot be written; then what was committed before still is.
+        When it cannot be written; then what was committed before still is. The last that is done is the
+        rename, so what fails later is not a failure of the commit.
     """
     body = {
         "generation": manifest.generation,
@@ -82,7 +83,6 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(folder / MANIFEST)
-    sync(folder)
 
 
 def manifest_text(folder: Path) -> str:

@@ -12,26 +12,35 @@ A value that differs between ranks, or is marked by :class:`~hpcpar.checkpoint.P
 
     ``{"$": "ranks", "marked": true, "items": [[[0, 2], <node>], [[1], <node>]]}``
 
-of kind ``ranks``: what the ranks of each list have. Slices with the same holders are dealt out in order, so
+of kind ``ranks``: what the ranks of each list have. A dict whose keys are not the same on all ranks that
+have it says which of them, by place, the ranks of each list had:
+
+    ``{"$": "dict", "items": [["0", ...], ["1", ...], ["2", ...]], "own": [[[0, 1], [0, 1]], [[2], [1, 2]]]}``
+
+Slices with the same holders are dealt out in order, so
 that every rank writes few long stretches, and so that all write as many bytes, where the holders allow it.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from hpcpar.checkpoint.fingerprint import slice_bounds
 from hpcpar.checkpoint.leaves import nbytes_of
-from hpcpar.checkpoint.tree import LEAF_KINDS, MAPPINGS, MARK, SEQUENCES, Node, Tree, kind_of
+from hpcpar.checkpoint.tree import LEAF_KINDS, MAPPINGS, MARK, SEQUENCES, Node, Tree, kind_of, value_of
 from hpcpar.errors import CheckpointError
 
 __all__ = ["ALIGNMENT", "Description", "Piece", "Plan", "Write", "describe", "make_plan"]
 
+_LOG = logging.getLogger(__name__)
 ALIGNMENT = 64
+_MOST_NAMED = 5
 
 Fingerprint = Sequence[str]
 
@@ -132,7 +141,8 @@ def make_plan(descriptions: Sequence[Description]) -> Plan:
     Raises
     ------
     CheckpointError
-        When a value is marked by ``PerRank`` on some of the ranks that have it.
+        When a value is marked by ``PerRank`` on some of the ranks that have it, or keys that ranks have in
+        one dict are equal to Python, as 1 and True.
     """
     merger = _Merger(descriptions)
     first: dict[str, int] = {}
@@ -143,7 +153,21 @@ def make_plan(descriptions: Sequence[Description]) -> Plan:
         for digest, leader in first.items()
     }
     node = merger.merge([(members[leader], descriptions[leader].node) for leader in first.values()], "state")
+    if merger.different:
+        _warn_once(tuple(merger.different[:_MOST_NAMED]), len(merger.different))
     return _deal(node, merger.leaves, len(descriptions))
+
+
+@functools.lru_cache(maxsize=64)
+def _warn_once(names: tuple[str, ...], count: int) -> None:
+    """Not for each of a training's checkpoints again."""
+    _LOG.warning(
+        "%d saved value(s) differ between ranks and will not load on another number of them: %s%s. Wrap in "
+        "PerRank what belongs to a rank, or make it equal",
+        count,
+        ", ".join(names),
+        ", ..." if count > len(names) else "",
+    )
 
 
 # ---- the union ---------------------------------------------------------------------------------------------
@@ -166,6 +190,7 @@ class _Merger:
         self._descriptions = descriptions
         self._known: dict[tuple[Any, ...], int] = {}
         self.leaves: list[_Leaf] = []
+        self.different: list[str] = []
 
     def merge(self, groups: Sequence[Group], where: str) -> Node:
         """The union of what some classes have at one place."""
@@ -190,8 +215,10 @@ class _Merger:
         for ranks, node in groups:
             for key, item in node["items"]:
                 found.setdefault(json.dumps(key), (key, []))[1].append((ranks, item))
+        _check_keys([key for key, _ in found.values()], where)
         pairs = [[key, self.merge(parts, f"{where}[{key!r}]")] for key, parts in found.values()]
-        return {MARK: kind, "items": pairs}
+        own = _own_keys(list(found), groups)
+        return {MARK: kind, "items": pairs, **({"own": own} if own else {})}
 
     def _values(self, groups: Sequence[Group], where: str) -> Node:
         """What cannot be merged further: one value where all have the same, else one for each."""
@@ -203,6 +230,7 @@ class _Merger:
             same.append((ranks, node))
         if len(different) == 1:
             return self._same(groups, where)
+        self.different.append(where)
         items = [[sorted(members), self._same(same, where)] for members, same in different.values()]
         return {MARK: "ranks", "marked": False, "items": items}
 
@@ -246,6 +274,30 @@ class _Merger:
         if kind_of(node) in LEAF_KINDS:
             facts["n"] = self._descriptions[rank].fingerprints[node["n"]]
         return facts
+
+
+def _check_keys(keys: Sequence[Node], where: str) -> None:
+    """Whether one dict can have the keys of all ranks."""
+    seen: dict[Any, Any] = {}
+    for key in map(value_of, keys):
+        if key in seen:
+            raise CheckpointError(
+                f"keys of {where} must be of one type on all ranks, got {seen[key]!r} on some and {key!r} on "
+                "others, which are equal to Python"
+            )
+        seen[key] = key
+
+
+def _own_keys(keys: Sequence[str], groups: Sequence[Group]) -> list[list[list[int]]]:
+    """Which ranks had which of the keys, in which order, by place; nothing where all had the same."""
+    places = {key: place for place, key in enumerate(keys)}
+    members: dict[tuple[int, ...], list[int]] = {}
+    for ranks, node in groups:
+        had = tuple(places[json.dumps(key)] for key, _ in node["items"])
+        members.setdefault(had, []).extend(ranks)
+    if len(members) == 1:
+        return []
+    return [[sorted(ranks), list(had)] for had, ranks in members.items()]
 
 
 def _items(node: Node) -> list[Node]:

@@ -1,18 +1,22 @@
 """How the ranks of a save talk: over their communicator, from a thread beside it, or through files.
 
 A save needs four small collectives of objects, ``allgather``, ``gather``, ``scatter`` and ``bcast``. A
-:class:`~hpcpar.comm.Communicator` has them. A save in the background must not disturb the program's own
-messages: it has a duplicate of the communicator, and polls with long pauses. Where MPI does not allow
-threads, the ranks leave each other files in the folder that they write to anyway.
+:class:`~hpcpar.comm.Communicator` has them, with a deadline. It is good for what takes a moment; but to write
+takes as long as it takes, and longer on one rank than on another. So the save itself has a duplicate of the
+communicator, on which ranks wait for each other without end, and say so from time to time. In the background
+it polls with long pauses. Where MPI does not allow threads, the ranks leave each other files in the folder
+that they write to anyway.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import pickle
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -20,15 +24,18 @@ import numpy as np
 
 from hpcpar.comm import MPI, Communicator, world
 from hpcpar.comm.mpi import check_launcher
-from hpcpar.comm.progress import timeout_from_environment
-from hpcpar.errors import CheckpointError, LauncherError, StalledError
+from hpcpar.comm.progress import ENGINE, timeout_from_environment
+from hpcpar.errors import CheckpointError, LauncherError
 
 __all__ = [
     "Alone",
-    "BackgroundRanks",
+    "DuplicateRanks",
     "FolderRanks",
     "Ranks",
+    "attempt",
+    "attempt_and_tell",
     "described",
+    "interrupts_as_they_are",
     "raise_first",
     "ranks_of",
     "together",
@@ -36,8 +43,10 @@ __all__ = [
 
 T = TypeVar("T")
 
-_PAUSE_S = 0.001
-_LONGEST_PAUSE_S = 0.05
+_LOG = logging.getLogger(__name__)
+_PAUSES_S = (0.001, 0.05)  # the first, and the longest
+_SHORT_PAUSES_S = (20e-6, 0.001)
+_GROWTH = 1.2
 
 
 class Ranks(Protocol):
@@ -88,19 +97,53 @@ def together(ranks: Ranks, action: Callable[[], T]) -> T:
     Raises
     ------
     CheckpointError
-        The first rank's problem, on every rank.
+        The first rank's problem, on every rank. One that was interrupted, as by Ctrl-C, raises that.
     """
-    result: list[T] = []
-    problem, cause = None, None
-    try:
-        result.append(action())
-    except Exception as error:
-        problem, cause = described(error), error
+    with interrupts_as_they_are():
+        return attempt(ranks, action)
+
+
+def attempt(ranks: Ranks, action: Callable[[], T]) -> T:
+    """As :func:`together`, but even an interrupt becomes an error, so that ranks can clean up. Collective.
+
+    Raises
+    ------
+    CheckpointError
+        On every rank; an interrupt is its cause, on the rank that had it.
+    """
+    result, problem, cause = _result_or_problem(action)
     raise_first(ranks.allgather(problem), cause)
     return result[0]
 
 
-def described(error: Exception) -> str:
+def attempt_and_tell(ranks: Ranks, action: Callable[[], T]) -> list[T]:
+    """As :func:`attempt`, for small results: those of all ranks, in the same message. Collective."""
+    result, problem, cause = _result_or_problem(action)
+    gathered = ranks.allgather((problem, result))
+    raise_first([problem for problem, _ in gathered], cause)
+    return [result[0] for _, result in gathered]
+
+
+@contextmanager
+def interrupts_as_they_are() -> Iterator[None]:
+    """Raise the interrupt that is the cause of a :class:`CheckpointError` in its place. Local."""
+    try:
+        yield
+    except CheckpointError as error:
+        cause = error.__cause__
+        if cause is not None and not isinstance(cause, Exception):
+            raise cause from None
+        raise
+
+
+def _result_or_problem(action: Callable[[], T]) -> tuple[list[T], str | None, BaseException | None]:
+    try:
+        return [action()], None, None
+    except BaseException as error:  # the others must know of a Ctrl-C here, too
+        return [], described(error), error
+
+
+def described(error: BaseException) -> str:
     """An error in one line for all ranks. Local."""
     if isinstance(error, CheckpointError):
         return str(error)
@@ -109,7 +152,7 @@ def described(error: Exception) -> str:
     return f"a checkpoint must be made without errors, got {type(error).__name__}: {error}"
 
 
-def raise_first(problems: Sequence[str | None], cause: Exception | None = None) -> None:
+def raise_first(problems: Sequence[str | None], cause: BaseException | None = None) -> None:
     """Raise the problem of the first rank that has one. Local.
 
     Raises
@@ -149,16 +192,20 @@ class Alone:
         return obj
 
 
-class BackgroundRanks:
-    """A duplicate of a communicator, for a thread beside the program. Collective to make and to free.
+class DuplicateRanks:
+    """A duplicate of a communicator, without deadlines. Collective to make and to free.
 
     Parameters
     ----------
     mpi
         Of the program. All ranks have met here a moment ago, so none is missing.
+    beside
+        Whether a thread beside the program uses it: then it pauses longer, and leaves alone what the program
+        has under way. Otherwise that goes on in each wait, since others may need it to get here.
     """
 
-    def __init__(self, mpi: MPI.Intracomm) -> None:
+    def __init__(self, mpi: MPI.Intracomm, *, beside: bool) -> None:
+        self._beside = beside
         self._mpi = mpi.Dup()
         self.rank: int = self._mpi.Get_rank()
         self.size: int = self._mpi.Get_size()
@@ -168,7 +215,8 @@ class BackgroundRanks:
         self._mpi.Free()
 
     def allgather(self, sendobj: Any) -> list[Any]:
-        """As in :class:`Ranks`."""
+        """As in :class:`Ranks`. Local work comes before it, of any length."""
+        self._meet()
         data = _pack(sendobj)
         counts = np.empty(self.size, dtype=np.int64)
         self._finish(self._mpi.Iallgather(np.array([data.size]), counts))
@@ -206,9 +254,32 @@ class BackgroundRanks:
         self._finish(self._mpi.Ibcast(data, root))
         return pickle.loads(data.tobytes())
 
+    def _meet(self) -> None:
+        """Tell rank 0 that this rank is here; that one waits for all, and can say who is missing."""
+        token = np.zeros(max(1, self.size - 1), dtype=np.uint8)
+        if self.rank:
+            self._finish(self._mpi.Isend(token[:1], 0))
+            return
+        waiting = {rank: self._mpi.Irecv(token[rank - 1 : rank], rank) for rank in range(1, self.size)}
+
+        def all_are_here() -> bool:
+            for rank in [rank for rank, request in waiting.items() if request.Test()]:
+                del waiting[rank]
+            return not waiting
+
+        self._poll(all_are_here, lambda: f"{_named(waiting)} of {self.size}")
+
     def _finish(self, request: MPI.Request) -> None:
         """Not by MPI's own wait, which would take the processor from the training."""
-        _poll(request.Test, "a save in the background")
+        self._poll(request.Test, lambda: "rank 0, or those that it waits for")
+
+    def _poll(self, done: Callable[[], bool], whom: Callable[[], str]) -> None:
+        def look() -> bool:
+            if not self._beside:
+                ENGINE.advance()
+            return done()
+
+        _poll(look, whom, _PAUSES_S if self._beside else _SHORT_PAUSES_S)
 
 
 class FolderRanks:
@@ -265,26 +336,30 @@ class FolderRanks:
 
     def _take(self, rank: int) -> Any:
         path = self._path(self._round, rank)
-        _poll(path.exists, f"a save in the background, for {path}")
+        _poll(path.exists, lambda: f"rank {rank} of {self.size} to leave {path}", _PAUSES_S)
         return json.loads(path.read_text(encoding="ascii"))
 
     def _path(self, number: int, rank: int) -> Path:
         return self._folder / f"{self._generation}-talk{number}-rank{rank}.json"
 
 
-def _poll(done: Callable[[], bool], operation: str) -> None:
-    """Wait with pauses that grow."""
-    start, pause_s = time.monotonic(), _PAUSE_S
+def _poll(done: Callable[[], bool], whom: Callable[[], str], pauses_s: tuple[float, float]) -> None:
+    """Wait with pauses that grow, without end: the others may have much to write. But not in silence."""
+    start, (pause_s, longest_s) = time.monotonic(), pauses_s
+    every_s = timeout_from_environment()
+    warn_s = every_s
     while not done():
         time.sleep(pause_s)
-        pause_s = min(1.2 * pause_s, _LONGEST_PAUSE_S)
+        pause_s = min(_GROWTH * pause_s, longest_s)
         waited_s = time.monotonic() - start
-        if waited_s > timeout_from_environment():
-            raise StalledError(
-                operation,
-                (),
-                f"{operation} must end within HPCPAR_TIMEOUT_S, got no end after {waited_s:.1f} s",
-            )
+        if waited_s > warn_s:
+            _LOG.warning("a save waits since %.0f s for %s, and goes on waiting", waited_s, whom())
+            warn_s += every_s
+
+
+def _named(ranks: Iterable[int]) -> str:
+    numbers = [str(rank) for rank in ranks]
+    return f"rank{'s' if len(numbers) > 1 else ''} {', '.join(numbers)}"
 
 
 def _pack(obj: Any) -> np.ndarray[Any, Any]:

@@ -1,9 +1,9 @@
-"""Reading the leaves of one checkpoint, with its files open."""
+"""Reading the leaves of one checkpoint, with the files that were read last open."""
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -16,6 +16,8 @@ from hpcpar.checkpoint.tree import Node
 from hpcpar.errors import CheckpointError
 
 __all__ = ["LeafReader"]
+
+_MOST_OPEN = 32  # files; a process may have some hundreds, and there is one for each rank that saved
 
 
 class LeafReader:
@@ -33,15 +35,15 @@ class LeafReader:
 
     def __init__(self, folder: Path, manifest: Manifest, *, verify: bool = True) -> None:
         self._folder, self._manifest, self._verify = folder, manifest, verify
-        self._files: dict[int, DataReader] = {}
+        self._files: OrderedDict[int, DataReader] = OrderedDict()  # the one used last at the end
         self._values: dict[int, LeafValue] = {}
-        self._open = ExitStack()
 
     def __enter__(self) -> LeafReader:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._open.close()
+        while self._files:
+            self._files.popitem()[1].close()
         self._values.clear()
 
     def value(self, node: Node) -> LeafValue:
@@ -97,6 +99,8 @@ class LeafReader:
                 raise CheckpointError(
                     f"{self._folder} must have data of rank {rank}, got none in its manifest"
                 )
-            reader = DataReader(self._folder, file, verify=self._verify)
-            self._files[rank] = self._open.enter_context(reader)
+            while len(self._files) >= _MOST_OPEN:
+                self._files.popitem(last=False)[1].close()
+            self._files[rank] = DataReader(self._folder, file, verify=self._verify)
+        self._files.move_to_end(rank)
         return self._files[rank]

@@ -1,7 +1,9 @@
 """Which checkpoints of a training there are, which one is the newest, and which are no longer needed.
 
 A *series* are folders side by side with the same name but for the number at its end: ``step-100``,
-``step-200``. The number tells their order; folders without one are ordered by the time of their save.
+``step-200``. Their order is that in which they were saved: a training that has gone back to an earlier step
+goes on from what it saves then, not from what it has left behind. Generations tell it, which grow from save
+to save of a series, even if clocks do not; the number decides between copies.
 """
 
 from __future__ import annotations
@@ -10,39 +12,82 @@ import logging
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from hpcpar.checkpoint.folder import MANIFEST, remove_folder
+from hpcpar.checkpoint.folder import MANIFEST, generation_of, remove_folder
 from hpcpar.checkpoint.manifest import manifest_from, manifest_text
+from hpcpar.checkpoint.ranks import together
 from hpcpar.errors import CheckpointError
 
-__all__ = ["check_keep", "latest", "remove_older"]
+if TYPE_CHECKING:
+    from hpcpar.comm import Communicator
+
+__all__ = ["check_keep", "latest", "newest_generation", "remove_older"]
 
 _LOG = logging.getLogger(__name__)
 _NUMBERED = re.compile(r"(.*?)(\d+)", re.DOTALL)
 
 
-def latest(folder: str | os.PathLike[str]) -> Path | None:
-    """The newest complete checkpoint in a folder. Local.
+def latest(folder: str | os.PathLike[str], comm: Communicator | None = None) -> Path | None:
+    """The newest complete checkpoint in a folder. Collective with ``comm``, else Local.
 
     Parameters
     ----------
     folder
         In which checkpoints lie side by side; it need not exist.
+    comm
+        The ranks that want to know. All get rank 0's answer, even if another one is saved meanwhile.
 
     Returns
     -------
     Path or None
-        The one with the highest number at the end of its name; of those without a number, which come after
-        all that have one, the last that was saved. Half-written and damaged ones are passed over.
+        The one that was saved last, whatever its number. Half-written and damaged ones are passed over.
     """
+    if comm is None:
+        return _latest(Path(folder))
+    found = together(comm, lambda: _latest(Path(folder)) if comm.rank == 0 else None)
+    text = comm.bcast(None if found is None else os.fspath(found))
+    return None if text is None else Path(text)
+
+
+def _latest(folder: Path) -> Path | None:
     found = []
-    for path in _folders(Path(folder)):
-        numbered = _NUMBERED.fullmatch(path.name)
+    for path in _folders(folder):
         created = _created(path)
         if created is not None:
-            found.append((int(numbered[2]) if numbered else -1, created, path.name, path))
+            found.append((_age(created, path), path))
     return max(found)[-1] if found else None
+
+
+def newest_generation(path: Path) -> str:
+    """The last generation that has files in a folder, or in others of its series, else ``""``. Local."""
+    numbered = _NUMBERED.fullmatch(path.name)
+    prefix = numbered[1] if numbered else path.name
+    newest = ""
+    with suppress(OSError):
+        siblings = [path] if numbered is None else _of_series(path.parent, prefix)
+        for sibling in siblings:
+            with suppress(OSError):
+                newest = max([newest, *(generation_of(name) or "" for name in os.listdir(sibling))])
+    return newest
+
+
+def _of_series(parent: Path, prefix: str) -> list[Path]:
+    """Folders of a series, whatever is in them."""
+    found = []
+    for name in os.listdir(parent):
+        numbered = _NUMBERED.fullmatch(name)
+        if numbered and numbered[1] == prefix:
+            found.append(parent / name)
+    return found
+
+
+def _age(created: str, path: Path) -> tuple[str, int, str]:
+    """Larger for what was saved later."""
+    numbered = _NUMBERED.fullmatch(path.name)
+    return created, int(numbered[2]) if numbered else -1, path.name
 
 
 def check_keep(path: Path, keep: int | None) -> None:
@@ -67,7 +112,7 @@ def check_keep(path: Path, keep: int | None) -> None:
 def remove_older(path: Path, keep: int) -> None:
     """Remove checkpoints of the series of ``path`` until ``keep`` are left, itself included. Local.
 
-    Those with the lowest numbers go. Only files of checkpoints are removed: what is not committed, and what
+    Those that were saved first go. Only files of checkpoints are removed: what is not committed, and what
     else lies in a folder, stays.
     """
     numbered = _NUMBERED.fullmatch(path.name)
@@ -76,8 +121,11 @@ def remove_older(path: Path, keep: int) -> None:
     others = []
     for sibling in _folders(path.parent):
         found = _NUMBERED.fullmatch(sibling.name)
-        if found and found[1] == numbered[1] and sibling.name != path.name and _created(sibling) is not None:
-            others.append((int(found[2]), sibling))
+        if not found or found[1] != numbered[1] or sibling.name == path.name:
+            continue
+        created = _created(sibling)
+        if created is not None:
+            others.append((_age(created, sibling), sibling))
     for _, sibling in sorted(others, reverse=True)[keep - 1 :]:
         try:
             left = remove_folder(sibling)

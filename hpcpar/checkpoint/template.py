@@ -20,7 +20,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from hpcpar.checkpoint.leaves import array_dtype, as_bytes
+from hpcpar.checkpoint.leaves import array_dtype, as_bytes, describe_leaf
 from hpcpar.checkpoint.reading import LeafReader
 from hpcpar.checkpoint.tree import (
     LEAF_KINDS,
@@ -129,11 +129,34 @@ class Template:
         if kind not in MAPPINGS and kind not in SEQUENCES:
             value = value_of(node)
             return lambda: value
-        found = [(key, self._whole(item, step_name(where, key))) for key, item in items_of(node)]
+        found = [(key, self._whole(item, step_name(where, key))) for key, item in self._items(node)]
         if kind in SEQUENCES:
             found = [(key, (lambda: None) if isinstance(read, _Absent) else read) for key, read in found]
         items = [(key, read) for key, read in found if not isinstance(read, _Absent)]
         return lambda: rebuild(kind, [(key, read()) for key, read in items])
+
+    def _state_for(self, target: Any, node: Node, where: str) -> Read:
+        """Of a module the names mean the same on all ranks: it may need those that other ranks had.
+
+        An optimizer's keys are numbers of its own parameters, and others' must not get among them.
+        """
+        own = self._whole_own(node, where)
+        if not isinstance(target, torch.nn.Module) or kind_of(node) not in MAPPINGS:
+            return own
+        if {key for key, _ in self._items(node)}.issuperset(name for name, _ in target.named_parameters()):
+            return own
+        found = [(key, self._whole(item, step_name(where, key))) for key, item in items_of(node)]
+        items = [(key, read) for key, read in found if not isinstance(read, _Absent)]
+        return lambda: {key: read() for key, read in items}
+
+    def _items(self, node: Node) -> list[tuple[Any, Node]]:
+        """What a container holds; on as many ranks as saved, only those keys that this rank had there."""
+        items = items_of(node)
+        place = self._place
+        if kind_of(node) not in MAPPINGS or place.size != place.saved_ranks:
+            return items
+        had = next((places for ranks, places in node.get("own", ()) if place.rank in ranks), None)
+        return items if had is None else [items[number] for number in had]
 
     def _own(self, node: Node, where: str) -> Node | _Absent:
         """What this rank has at a place where ranks have different values."""
@@ -153,16 +176,14 @@ class Template:
     def _match(self, template: Any, node: Node, where: str) -> Read:
         if isinstance(template, PerRank):
             return self._marked(template, node, where)
-        if template is None or takes_state(template):
+        if template is None:
             whole = self._whole(node, where)
-            if isinstance(whole, _Absent):
-                return lambda: template
-            if template is None:
-                return whole
-            self._objects.append((where, template, whole))
-            return lambda: template
+            return (lambda: None) if isinstance(whole, _Absent) else whole
         own = self._own(node, where)
         if isinstance(own, _Absent):
+            return lambda: template
+        if takes_state(template):
+            self._objects.append((where, template, self._state_for(template, own, where)))
             return lambda: template
         method = next((method for kinds, method in _MATCHERS if isinstance(template, kinds)), Template._value)
         return method(self, template, own, where)
@@ -180,7 +201,7 @@ class Template:
         if kind_of(node) not in MAPPINGS:
             return self._misfit(template, where, "a dict", node)
         saved = dict(items_of(node))
-        wanted = dict(template) if template else dict.fromkeys(saved)
+        wanted = dict(template) if template else dict.fromkeys(key for key, _ in self._items(node))
         reads: dict[Any, Read] = {}
         for key, value in wanted.items():
             if key in saved:
@@ -221,6 +242,10 @@ class Template:
     def _tensor(self, template: torch.Tensor, node: Node, where: str) -> Read:
         if kind_of(node) != "tensor":
             return self._misfit(template, where, "a tensor", node)
+        problem = _why_not_to_fill(template, where)
+        if problem is not None:
+            self._misfits.append(problem)
+            return lambda: template
         have = (list(template.shape), template.dtype)
         saved = (node["shape"], array_dtype(node))
         if have != saved:
@@ -306,6 +331,18 @@ _MATCHERS: tuple[tuple[Any, Callable[[Template, Any, Node, str], Read]], ...] = 
     (Mapping, Template._mapping),
     ((list, tuple), Template._sequence),
 )
+
+
+def _why_not_to_fill(template: torch.Tensor, where: str) -> str | None:
+    """What makes it impossible to copy into a tensor."""
+    try:
+        describe_leaf(template, where)
+    except CheckpointError as error:
+        return str(error)
+    sizes = zip(template.shape, template.stride(), strict=True)
+    if any(extent > 1 and stride == 0 for extent, stride in sizes):
+        return f"{where} must have memory for each element, got an expanded tensor. Give a clone()"
+    return None
 
 
 def _listed(lines: Sequence[str]) -> list[str]:

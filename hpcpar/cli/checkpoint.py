@@ -67,9 +67,10 @@ def check(context: click.Context, path: Path, as_json: bool) -> None:
     default="",
     help="Only tensors whose names begin with this, such as model.; it is taken off their names.",
 )
-def write_tensors(path: Path, target: Path, prefix: str) -> None:
+@click.option("--skip-per-rank", is_flag=True, help="Leave out tensors that differ between ranks.")
+def write_tensors(path: Path, target: Path, prefix: str, skip_per_rank: bool) -> None:
     """Write the tensors of the checkpoint PATH to TARGET in the format of safetensors."""
-    names = export(path, target, prefix=prefix)
+    names = export(path, target, prefix=prefix, skip_per_rank=skip_per_rank)
     click.echo(f"{target}: {len(names)} tensor(s)")
 
 

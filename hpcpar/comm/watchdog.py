@@ -16,12 +16,14 @@ A process of one rank keeps Python's own behaviour, and so does an interactive s
 from __future__ import annotations
 
 import atexit
+import functools
 import logging
 import os
 import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -31,7 +33,7 @@ from hpcpar.comm.progress import ENGINE, timeout_from_environment
 if TYPE_CHECKING:
     from mpi4py import MPI as MPITypes
 
-__all__ = ["abort_job", "install_exception_hook", "install_exit_hook"]
+__all__ = ["abort_job", "before_abort", "install_exception_hook", "install_exit_hook", "leave_in_failure"]
 
 _EXIT_GRACE_S = 5.0
 _EXIT_POLL_S = 0.005
@@ -117,7 +119,32 @@ def _say(text: str) -> None:
     sys.stderr.flush()
 
 
-def abort_job(rank: int, size: int, error: BaseException, place: str) -> None:
+@functools.cache
+def before_abort() -> list[Callable[[], None]]:
+    """What this process does before it ends the job: append to it what must, and can, end without the others.
+
+    Local. The other ranks are at work still, each in its own part of the program.
+    """
+    return []
+
+
+def leave_in_failure(error: BaseException, place: str) -> NoReturn:
+    """End this process as failed from a handler of ``atexit``, where exceptions no longer can. Local.
+
+    Handlers that were registered earlier are not called: Python would then end with its own status.
+    """
+    library = sys.modules.get("mpi4py.MPI")
+    if library is not None and library.Is_initialized() and not library.Is_finalized():
+        world = library.COMM_WORLD
+        if world.Get_size() > 1:
+            abort_job(world.Get_rank(), world.Get_size(), error, place)
+    _say(f"this process failed{place}: {error}")
+    sys.stdout.flush()
+    logging.shutdown()
+    os._exit(1)
+
+
+def abort_job(rank: int, size: int, error: BaseException, place: str) -> NoReturn:
     """Report ``error`` of this rank and end every process of the job. Local, does not return."""
     text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
     head = f"hpcpar: rank {rank} of {size} failed{place}; the job ends.\n"
@@ -126,6 +153,8 @@ def abort_job(rank: int, size: int, error: BaseException, place: str) -> None:
         sys.stdout.flush()
         sys.stderr.write(head + text)
         sys.stderr.flush()
+        for action in before_abort():
+            action()
         logging.shutdown()
     finally:
         try:

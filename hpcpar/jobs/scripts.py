@@ -284,6 +284,9 @@ def _launch(plan: _Plan) -> list[str]:
     command = shlex.join(plan.request.command)
     lines = [f"# {plan.kind.note}."] if plan.kind.note else []
     if plan.launcher == "mpirun":
+        if plan.gpus and not plan.kind.note:
+            lines += ["# mpirun gives no GPUs: each rank takes the one of its number on the node."]
+            command = f"{_wrapper_of_mpirun(plan.kind.gpu_variable)} {command}"
         lines += [f'mpirun -n "$SLURM_NTASKS" {command}']
     else:
         options = [option.format(masks=",".join(_masks(plan))) for option in plan.kind.srun_options]
@@ -296,6 +299,12 @@ def _launch(plan: _Plan) -> list[str]:
         lines[-1] += " &"
         lines += ["launcher=$!"]
     return lines
+
+
+def _wrapper_of_mpirun(variable: str) -> str:
+    """A command in front of the program; the number of the rank on its node is named by MPICH or Open MPI."""
+    number = "${MPI_LOCALRANKID:-${OMPI_COMM_WORLD_LOCAL_RANK:?}}"
+    return f"bash -c 'export {variable}={number}; exec \"$@\"' --"
 
 
 def _masks(plan: _Plan) -> Iterator[str]:

@@ -56,6 +56,8 @@ class NodeKind:
         A command in front of the program, which chooses the rank's GPU.
     note
         What the program should know.
+    gpu_variable
+        By which a rank that no ``srun`` gives a GPU chooses its own.
     """
 
     title: str
@@ -73,6 +75,7 @@ class NodeKind:
     core_groups: tuple[int, ...] = ()
     wrapper: str = ""
     note: str = ""
+    gpu_variable: str = "CUDA_VISIBLE_DEVICES"
 
 
 @dataclass(frozen=True)
@@ -149,6 +152,7 @@ _FRONTIER = Site(
         gpu_directive="--gpus-per-node={gpus}",
         hints=_GPU_AWARE_CRAY,
         srun_options=("--gpus-per-task=1", "--gpu-bind=closest", "--cpu-bind=cores"),
+        gpu_variable="ROCR_VISIBLE_DEVICES",
     ),
     modules=("module load PrgEnv-gnu rocm cray-python", "source train/bin/activate"),
 )
@@ -178,6 +182,7 @@ _LUMI = Site(
         srun_options=("--cpu-bind=mask_cpu:{masks}",),
         core_groups=(48, 56, 16, 24, 0, 8, 32, 40),  # which cores are next to GPU 0, 1, ...
         wrapper="bash -c 'export ROCR_VISIBLE_DEVICES=$SLURM_LOCALID; exec \"$@\"' --",
+        gpu_variable="ROCR_VISIBLE_DEVICES",
     ),
     modules=("module load LUMI cray-python", "source train/bin/activate"),
 )

@@ -56,7 +56,9 @@ def test_each_rank_gets_back_what_it_saved_and_what_all_have_is_written_once(
     loaded = load(folder / "run", comm=comm)
     assert loaded["rank"] == comm.rank and loaded["mine"] == [comm.rank] and loaded["lr"] == 0.5
     assert torch.equal(loaded["w"], state["w"]) and torch.equal(loaded["half"], state["half"])
-    assert all(loaded[f"of{rank}"].tolist() == [rank] * 2 for rank in range(comm.size))
+    assert list(loaded) == list(state) and loaded[f"of{comm.rank}"].tolist() == [comm.rank] * 2
+    everything = load(folder / "run", {f"of{rank}": None for rank in range(comm.size)}, comm)
+    assert all(everything[f"of{rank}"].tolist() == [rank] * 2 for rank in range(comm.size))
     found = info(folder / "run")
     assert found.ranks == comm.size and found.nbytes < 1.2 * state["w"].nbytes + 10_000 * comm.size
     files = [path.stat().st_size for path in (folder / "run").glob("*.h5")]

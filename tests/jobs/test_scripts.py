@@ -220,3 +220,20 @@ def test_time_limits_are_understood() -> None:
     for wrong in ("90", "1:2:3", "01:60:00", "1-", "", "01:00"):
         with pytest.raises(HpcparError, match="time must be"):
             seconds_of(wrong)
+
+
+@pytest.mark.parametrize(
+    ("variable", "name"), [("CUDA_VISIBLE_DEVICES", "generic"), ("ROCR_VISIBLE_DEVICES", "lumi")]
+)
+@pytest.mark.parametrize("number", ["MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK"])
+def test_ranks_of_mpirun_take_a_gpu_each(variable: str, name: str, number: str) -> None:
+    command = ("printenv", variable)
+    request = JobRequest(command, ranks_per_node=4, gpus_per_node=4, account="p1", launcher="mpirun")
+    text = write_script(find_site(name), request)
+    line = next(line for line in text.splitlines() if line.startswith("mpirun"))
+    script = f'mpirun() {{ shift 2; "$@"; }}\nexport {number}=3\n{line}'
+    environment = {"PATH": "/usr/bin:/bin", "SLURM_NTASKS": "4"}
+    printed = subprocess.run(
+        ["bash", "-c", script], capture_output=True, text=True, timeout=30, env=environment
+    )
+    assert printed.stdout == "3\n"
