@@ -49,6 +49,12 @@ def hide_mpi4py(folder: Path) -> None:
     (folder / "mpi4py.py").write_text("raise ModuleNotFoundError(\"No module named 'mpi4py'\")\n")
 
 
+def hide_mpi4py_below(folder: Path) -> None:
+    """Python looks in the current folder as well, which all ranks have in common."""
+    (folder / "one").mkdir()
+    hide_mpi4py(folder / "one")
+
+
 def break_h5py(folder: Path) -> None:
     reason = "libhdf5.so.310: cannot open shared object file: No such file or directory"
     (folder / "h5py.py").write_text(f"raise ImportError({reason!r})\n")
@@ -80,6 +86,38 @@ SETUPS = {
         ["error    launcher.starts", "takes each for a job of its own", "Start the job with"],
         None,
         ("openmpi",),
+    ),
+    "launcher-late": Setup(
+        "the same, and the first rank comes last",
+        "{openmpi}/bin/mpirun --oversubscribe -n 2 sh -c "
+        f"'[ $OMPI_COMM_WORLD_RANK = 0 ] && sleep 2; exec {{mpich}}/bin/python {DOCTOR}'",
+        ["error    launcher.starts", "takes each for a job of its own", "Start the job with"],
+        None,
+        ("openmpi",),
+    ),
+    "missing": Setup(
+        "a rank that never comes, and a first rank that comes late",
+        "{mpich}/bin/mpirun -n 3 sh -c '[ $PMI_RANK = 0 ] && sleep 1; [ $PMI_RANK = 2 ] && exec sleep 60; "
+        f"exec {{mpich}}/bin/python {DOCTOR} --timeout 8'",
+        ["rank 2 never came as far as hpcpar"],
+        None,
+    ),
+    "mpi4py-rank-1": Setup(
+        "an environment without mpi4py on the second rank only",
+        f"{{mpich}}/bin/mpirun -n 1 {{mpich}}/bin/python {DOCTOR} : "
+        f"-n 1 env PYTHONPATH={{tmp}}/one:$PYTHONPATH {{mpich}}/bin/python {DOCTOR}",
+        ["error    launcher.starts", "rank 1 of 2", "No module named 'mpi4py'"],
+        None,
+        (),
+        hide_mpi4py_below,
+    ),
+    "shm-private": Setup(
+        "a /dev/shm of its own for the second rank, as in a container",
+        f"{{openmpi}}/bin/mpirun --oversubscribe -n 1 {{openmpi}}/bin/python {DOCTOR} : "
+        f"-n 1 unshare -m sh -c 'mount -t tmpfs tmpfs /dev/shm && exec {{openmpi}}/bin/python {DOCTOR}'",
+        ["error    network.memory", "2 different /dev/shm"],
+        None,
+        ("root", "openmpi"),
     ),
     "binding": Setup(
         "two ranks are bound to the same core",

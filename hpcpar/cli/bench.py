@@ -61,16 +61,26 @@ def _sizes(context: click.Context, option: click.Parameter, value: str) -> list[
 )
 @click.option("--pairs", type=click.IntRange(1, 64), default=2, show_default=True, help="Pairs of each kind.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
-def bench(sizes: list[int], seconds: float, pairs: int, as_json: bool) -> None:
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0),
+    default=None,
+    metavar="SECONDS",
+    help="End with an error when it takes longer; 0 means never.  [default: 120 and 10 times --seconds]",
+)
+def bench(sizes: list[int], seconds: float, pairs: int, as_json: bool, timeout: float | None) -> None:
     """Measure latency and bandwidth inside a node and between nodes, and allreduce.
 
     Start it with the launcher of your job, on the ranks and nodes that the job will have. Alone it measures
     copying memory only.
     """
-    with watched(10 * seconds + 120, "bench") as watcher:
+    with watched(10 * seconds + 120 if timeout is None else timeout, "bench") as watcher:
         facts, comm = start(watcher)
+        if comm is None and not is_first_process():
+            return
         if comm is None and facts.launcher.rank is not None:
             raise click.ClickException(f"{(facts.mpi_problem or '').rstrip('.')}. `hpcpar doctor` says more")
+        watcher.enter("the measurements")
         figures = _measure(comm, sizes, seconds, pairs)
     if facts.mpi is not None:
         figures["mpi"] = f"{facts.mpi.name} {facts.mpi.version}"

@@ -8,6 +8,7 @@ Only Linux' own files are read (``/proc``, ``/sys``), nothing that could wait on
 
 from __future__ import annotations
 
+import errno
 import importlib
 import importlib.metadata
 import os
@@ -17,12 +18,14 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from hpcpar import __version__
+from hpcpar.cli.control_groups import read_cpu_quota, read_innermost, read_memory_limit
 from hpcpar.comm.environment import (
     LauncherFacts,
     MpiFacts,
@@ -58,7 +61,8 @@ class ProcessFacts:
     Attributes
     ----------
     machine : str
-        Equal for ranks on one machine: host name and what its kernel drew at the start.
+        Equal for ranks on one machine: what its kernel drew at the start. Containers have host names of their
+        own, but not kernels.
     mount_space : str
         Equal for ranks on one machine that see the same file systems.
     cores, machine_cores : tuple of int
@@ -69,8 +73,17 @@ class ProcessFacts:
         Cores' worth of time that the container grants, where it limits that.
     versions, broken : dict
         Versions of packages; and those that cannot be imported, with the error's text.
+    memory_limit, memory_room : int or None
+        The smallest limit of the control groups around this process; what is left of the one that has least
+        left.
+    shm_device, shm_problem : str
+        Equal on one machine for ranks with the same ``/dev/shm``; why nothing can be written there, or
+        ``None``.
     limits : dict
         Soft limits of the process by name; -1 for none.
+    gpus, gpu_ids, gpu_devices, has_kfd
+        Names and unique ids of those that PyTorch sees; NVIDIA's in ``/dev``; whether there is ``/dev/kfd``,
+        of AMD's GPUs and of graphics inside AMD's processors.
     mpirun, mpirun_words, own_mpirun : str
         The one on ``PATH``, what it says it is, and the one beside this Python.
     sharer : int
@@ -95,6 +108,9 @@ class ProcessFacts:
     memory_total: int = 0
     memory_available: int = 0
     memory_limit: int | None = None
+    memory_room: int | None = None
+    shm_device: str = ""
+    shm_problem: str | None = None
     shm_total: int = 0
     shm_free: int = 0
     limits: Mapping[str, int] = field(default_factory=dict)
@@ -104,7 +120,9 @@ class ProcessFacts:
     abilities: Mapping[str, bool] = field(default_factory=dict)
     hdf5: str = ""
     gpus: tuple[str, ...] = ()
+    gpu_ids: tuple[str, ...] = ()
     gpu_devices: int = 0
+    has_kfd: bool = False
     mpi_wheels: tuple[str, ...] = ()
     mpirun: str | None = None
     own_mpirun: str | None = None
@@ -134,9 +152,11 @@ def gather_process_facts(environ: Mapping[str, str] | None = None) -> ProcessFac
     packages = look("packages", _packages, (dict[str, str](), dict[str, str]()))
     mpirun = shutil.which("mpirun", path=env.get("PATH"))
     machine_cores = look("cores", _machine_cores, tuple[int, ...]())
+    no_limit: tuple[int | None, int | None] = (None, None)
+    limit, room = look("memory limit", lambda: read_memory_limit(), no_limit)
     facts = ProcessFacts(
         host=socket.gethostname(),
-        machine=f"{socket.gethostname()} {look('boot id', _boot_id, '')}",
+        machine=look("boot id", _boot_id, "") or socket.gethostname(),
         mount_space=look("mount namespace", lambda: os.readlink("/proc/self/ns/mnt"), ""),
         user_is_root=os.geteuid() == 0,
         python=platform.python_version(),
@@ -147,11 +167,14 @@ def gather_process_facts(environ: Mapping[str, str] | None = None) -> ProcessFac
         physical_cores=look(
             "sockets", lambda: {core: _place(core) for core in machine_cores}, dict[int, str]()
         ),
-        cpu_quota=look("CPU quota", _cpu_quota, None),
+        cpu_quota=look("CPU quota", read_cpu_quota, None),
         omp_threads=env.get("OMP_NUM_THREADS"),
         memory_total=memory.get("MemTotal", 0),
         memory_available=memory.get("MemAvailable", 0),
-        memory_limit=look("memory limit", _memory_limit, None),
+        memory_limit=limit if limit is not None and limit < memory.get("MemTotal", 0) else None,
+        memory_room=room,
+        shm_device=look("/dev/shm", lambda: str(os.stat("/dev/shm").st_dev), "") if shm else "",
+        shm_problem=_try_shared_memory() if shm else None,
         shm_total=shm.f_blocks * shm.f_frsize if shm else 0,
         shm_free=shm.f_bavail * shm.f_frsize if shm else 0,
         limits=look("limits", _limits, {}),
@@ -193,39 +216,20 @@ def _memory() -> dict[str, int]:
     return {line[0].rstrip(":"): int(line[1]) * 1024 for line in lines if len(line) > 1}
 
 
-def _cgroup_value(controller: str, newer: str, older: str) -> str | None:
-    """A setting of the innermost control group that has it, under its name in either version."""
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
-        _, controllers, path = line.split(":", 2)
-        base, name = Path("/sys/fs/cgroup"), newer
-        if controllers:
-            if controller not in controllers.split(","):
-                continue
-            base, name = base / controllers, older
-        inner = base / path.lstrip("/")
-        for folder in (inner, *inner.parents):
-            if folder.is_relative_to(base) and (folder / name).is_file():
-                return (folder / name).read_text().strip()
+def _try_shared_memory() -> str | None:
+    """Do as MPI does: make a file, make it longer, write to it."""
+    try:
+        with tempfile.TemporaryFile(dir="/dev/shm", buffering=0) as file:
+            os.ftruncate(file.fileno(), 1 << 16)
+            file.write(bytes(1 << 16))
+    except OSError as error:
+        return f"{error.strerror} ({errno.errorcode.get(error.errno or 0, '?')})"
     return None
-
-
-def _memory_limit() -> int | None:
-    text = _cgroup_value("memory", "memory.max", "memory.limit_in_bytes")
-    limit = int(text) if text and text.isdigit() else None
-    return limit if limit is not None and limit < _memory().get("MemTotal", 0) else None
-
-
-def _cpu_quota() -> float | None:
-    text = _cgroup_value("cpu", "cpu.max", "cpu.cfs_quota_us")
-    if not text or text.split()[0] in ("max", "-1"):
-        return None
-    period = text.split()[1:] or [_cgroup_value("cpu", "cpu.max", "cpu.cfs_period_us") or "100000"]
-    return int(text.split()[0]) / int(period[0])
 
 
 def _machine_cores() -> tuple[int, ...]:
     """What the job's control group allows here, whatever this process was bound to."""
-    text = _cgroup_value("cpuset", "cpuset.cpus.effective", "cpuset.cpus")
+    text = read_innermost("cpuset", "cpuset.cpus.effective", "cpuset.cpus")
     online = Path("/sys/devices/system/cpu/online").read_text().strip()
     cores = _parse_ranges(text or online)
     return tuple(sorted({*cores, *os.sched_getaffinity(0)}))
@@ -294,7 +298,8 @@ def _ask(mpirun: str) -> str:
 
 
 def _torch_facts(broken: Mapping[str, str]) -> dict[str, Any]:
-    facts: dict[str, Any] = {"gpu_devices": sum(1 for name in _names_in("/dev") if _is_gpu(name))}
+    devices = _names_in("/dev")
+    facts: dict[str, Any] = {"gpu_devices": sum(map(_is_gpu, devices)), "has_kfd": "kfd" in devices}
     abilities: dict[str, bool] = {}
     if "torch" not in broken:
         import torch
@@ -305,7 +310,9 @@ def _torch_facts(broken: Mapping[str, str]) -> dict[str, Any]:
         abilities["GPU support in torch"] = bool(torch.version.cuda or torch.version.hip)
         facts["torch_threads"] = torch.get_num_threads()
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        facts["gpus"] = tuple(torch.cuda.get_device_name(index) for index in range(count))
+        properties = [torch.cuda.get_device_properties(index) for index in range(count)]
+        facts["gpus"] = tuple(one.name for one in properties)
+        facts["gpu_ids"] = tuple(str(getattr(one, "uuid", "")) for one in properties)
     if "h5py" not in broken:
         import h5py
 
@@ -318,7 +325,7 @@ def _torch_facts(broken: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _is_gpu(name: str) -> bool:
-    return name.removeprefix("nvidia").isdigit() or name == "kfd"
+    return name.startswith("nvidia") and name.removeprefix("nvidia").isdigit()
 
 
 def _bridge_works() -> bool:

@@ -50,6 +50,7 @@ def info(as_json: bool, timeout: float) -> None:
     """
     with watched(timeout, "info") as watcher:
         facts, comm = start(watcher)
+        watcher.enter("the exchange of facts")
         everyone = [facts] if comm is None else comm.allgather(facts)
         verdict = _try_gpu(everyone, comm, watcher)
     if not is_first_process():

@@ -7,6 +7,7 @@ a job script can test for it, and nobody has to read a traceback to learn of a t
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -64,10 +65,12 @@ class _Commands(click.Group):
         try:
             status: Any = run()
         except click.Abort:
-            _fail("interrupted")
+            _fail("interrupted", status=128 + signal.SIGINT)
         except click.ClickException as error:
-            if not is_first_process():  # under mpirun every rank makes it, and one line is enough
-                sys.exit(2)
+            # Under mpirun every rank makes it, and one line is enough. Any other status than 0 may have the
+            # launcher end the first rank, before it has spoken.
+            if not is_first_process():
+                sys.exit(0)
             context = getattr(error, "ctx", None)
             _fail(error.format_message(), context.command_path if context else "hpcpar")
         except HpcparError as error:
@@ -88,9 +91,9 @@ def _unavailable(name: str, error: ImportError) -> click.Command:
     )
 
 
-def _fail(message: str, command: str = "hpcpar") -> None:
+def _fail(message: str, command: str = "hpcpar", status: int = 2) -> None:
     click.echo(f"{command}: error: {' '.join(message.split())}", err=True)
-    sys.exit(2)
+    sys.exit(status)
 
 
 @click.group(cls=_Commands, invoke_without_command=True)

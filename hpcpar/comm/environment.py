@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 __all__ = [
     "LauncherFacts",
     "MpiFacts",
+    "job_key",
+    "library_of",
     "loaded_libraries",
     "memory_sharers",
     "name_library",
@@ -151,6 +154,37 @@ def _number(env: Mapping[str, str], name: str) -> int | None:
     return int(env[name]) if env.get(name, "").isdigit() else None
 
 
+def job_key(environ: Mapping[str, str] | None = None) -> str | None:
+    """Something that the ranks of a job have in common on one machine, and no others have. Local.
+
+    ``None`` without a launcher. It is the launcher's name for the job or, where it gives none, the process
+    that started the ranks: the closest one above that is no rank itself, since scripts may be between.
+    """
+    env = os.environ if environ is None else environ
+    launcher = read_launcher(env)
+    if launcher.rank is None:
+        return None
+    if launcher.name == "Slurm's srun" and "SLURM_JOB_ID" in env:
+        return f"{_boot()}-{env['SLURM_JOB_ID']}.{env['SLURM_STEP_ID']}"
+    if "PMIX_NAMESPACE" in env:
+        namespace = re.sub(r"[^\w.@-]", "_", env["PMIX_NAMESPACE"])
+        return f"{_boot()}-{namespace}"
+    variable = launcher.variables[0].partition("=")[0]
+    pid = os.getppid()
+    with suppress(OSError, ValueError):
+        while pid > 1 and f"\0{variable}=".encode() in b"\0" + Path(f"/proc/{pid}/environ").read_bytes():
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return f"{_boot()}-pid{pid}"
+
+
+def _boot() -> str:
+    """Temporary folders may be on a file system that machines share."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
+    except OSError:
+        return os.uname().nodename
+
+
 def name_library(description: str) -> tuple[str, str]:
     """Name and version of a library, from its own description or that of its ``mpirun``. Local."""
     name = next((name for phrase, name in _NAMES if phrase.lower() in description.lower()), "unknown")
@@ -173,9 +207,40 @@ def loaded_libraries(maps: Iterable[str] | None = None) -> tuple[str, ...]:
             maps = Path("/proc/self/maps").read_text(errors="replace").splitlines()
         except OSError:
             return ()
-    paths = {line.split(maxsplit=5)[-1] for line in maps if "/lib" in line}
-    found = {path for path in paths if _LIBRARY.search(path) and not _NOT_THE_LIBRARY.search(path)}
-    return tuple(sorted(found))
+    found: dict[tuple[str, str], str] = {}
+    for line in maps:
+        fields = line.rstrip("\n").split(maxsplit=5)
+        path = fields[-1]
+        if "/lib" in path and _LIBRARY.search(path) and not _NOT_THE_LIBRARY.search(path):
+            device, inode = fields[3:5]  # one file may have several names
+            found.setdefault((device, inode), path)
+    return tuple(sorted(found.values()))
+
+
+class _Place(ctypes.Structure):
+    """What ``dladdr`` tells of an address."""
+
+    _fields_ = (
+        ("file", ctypes.c_char_p),
+        ("base", ctypes.c_void_p),
+        ("name", ctypes.c_char_p),
+        ("symbol", ctypes.c_void_p),
+    )
+
+
+def library_of(module_file: str) -> str | None:
+    """The file that holds the ``MPI_Init`` which an extension module calls. Local.
+
+    The loader looks among what is visible to the whole process first, then among what the module was linked
+    to.
+    """
+    with suppress(OSError, AttributeError):
+        process = ctypes.CDLL(None)
+        holder = process if hasattr(process, "MPI_Init") else ctypes.CDLL(module_file)
+        place = _Place()
+        if process.dladdr(ctypes.cast(holder.MPI_Init, ctypes.c_void_p), ctypes.byref(place)):
+            return str(place.file.decode())
+    return None
 
 
 def read_mpi() -> MpiFacts:
@@ -192,17 +257,19 @@ def read_mpi() -> MpiFacts:
     name, version = name_library(description)
     vendor, numbers = MPI.get_vendor()
     libraries = loaded_libraries()
+    path = libraries[0] if len(libraries) == 1 else library_of(sys.modules["mpi4py.MPI"].__file__ or "")
     return MpiFacts(
         name=name,
         version=version,
         standard=".".join(map(str, MPI.Get_version())),
         description=description.split(" MPICH Release")[0].split(", package")[0],
         built_for=f"{vendor} {'.'.join(map(str, numbers))}",
-        path=libraries[0] if libraries else None,
+        path=path,
         thread_level=_thread_level(),
         rank=MPI.COMM_WORLD.Get_rank(),
         size=MPI.COMM_WORLD.Get_size(),
-        gpu_claim=_claims_gpu(libraries[0] if libraries else None),
+        # Of several the wrong one would answer, and end the process since it was never started.
+        gpu_claim=_claims_gpu(path if len(libraries) == 1 else None),
         revokes=_revokes(),
         survives=os.environ.get("OMPI_MCA_mpi_ft_enable", "0").lower() in ("1", "true", "yes"),
     )

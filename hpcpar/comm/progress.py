@@ -42,6 +42,7 @@ _YIELD_S = 0.002
 _SHORT_SLEEP_S = 50e-6
 _LONG_SLEEP_S = 500e-6
 _TICK_S = 0.05
+_DEFAULT_TIMEOUT_S = 600
 
 
 class Progressable(Protocol):
@@ -100,7 +101,10 @@ class ProgressEngine:
 
     def drain(self) -> None:
         """Finish what other ranks need from this one before it leaves; they have all begun it. Local."""
-        deadline = time.monotonic() + timeout_from_environment()
+        try:
+            deadline = time.monotonic() + timeout_from_environment()
+        except HpcparError:  # nobody can be told any more
+            deadline = time.monotonic() + _DEFAULT_TIMEOUT_S
         while any(item.needed_by_others for item in self._items) and time.monotonic() < deadline:
             self.advance()
             time.sleep(_SHORT_SLEEP_S)
@@ -117,7 +121,7 @@ def timeout_from_environment() -> float:
     HpcparError
         When the variable is not a number of seconds.
     """
-    text = os.environ.get("HPCPAR_TIMEOUT_S", "600")
+    text = os.environ.get("HPCPAR_TIMEOUT_S", str(_DEFAULT_TIMEOUT_S))
     try:
         seconds = float(text)
     except ValueError:

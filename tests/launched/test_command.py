@@ -54,13 +54,19 @@ def test_doctor_finds_nothing_wrong_and_measures(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["binding", "launcher-2"])
+@pytest.mark.parametrize("name", ["binding", "launcher-2", "launcher-late"])
 def test_broken_job_is_explained_once(name: str) -> None:
     lack = lacking(SETUPS[name])
     if lack is not None:
         pytest.skip(f"needs {lack}")
     _, words, status = run(SETUPS[name])
     assert faults(SETUPS[name], words, status) == [], words
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("name", sorted(SETUPS))
+def test_every_broken_set_up_is_recognised(name: str) -> None:
+    test_broken_job_is_explained_once(name)
 
 
 def test_watcher_ends_a_process_that_hangs_and_speaks_for_one_that_dies() -> None:

@@ -12,6 +12,8 @@ from hpcpar.cli.output import compact_ranges
 
 __all__ = ["CHECKS"]
 
+# Sites keep some cores for the system (one of eight on Frontier and LUMI): that is not a mistake.
+_IDLE_SHARE = 0.25
 _MORE_CORES = (
     "Open MPI: `mpirun --map-by slot:PE=<cores> --bind-to core`, or `--bind-to none`; MPICH: `-bind-to "
     "none`; Slurm: `srun --cpus-per-task=<cores>` (give it to srun itself, not to sbatch alone)."
@@ -20,7 +22,7 @@ _MORE_CORES = (
 
 @dataclass(frozen=True)
 class _Machine:
-    """The ranks of one machine, and its cores."""
+    """The ranks of one machine, and its cores; ``host`` also tells of machines that are just the same."""
 
     host: str
     numbers: Sequence[int]
@@ -32,11 +34,30 @@ class _Machine:
 
     @property
     def idle(self) -> int:
-        """Cores that the job may use and no rank does. Slurm's word counts where it confines nobody."""
-        everything = {core for facts in self.ranks for core in facts.machine_cores}
+        """Logical cores that the job may use and no rank does; Slurm's word counts as well."""
+        return max(0, self._granted - len(self.used))
+
+    @property
+    def physical(self) -> int:
+        """Physical cores that the job may use."""
+        everything = self._everything
+        places = len({self.place(core) for core in everything})
+        return self._granted * places // max(1, len(everything))
+
+    @property
+    def idle_physical(self) -> int:
+        """Those of which no rank uses any thread: a sibling of a busy one has little to give."""
+        return max(0, self.physical - len({self.place(core) for core in self.used}))
+
+    @property
+    def _everything(self) -> set[int]:
+        return {core for facts in self.ranks for core in facts.machine_cores}
+
+    @property
+    def _granted(self) -> int:
         granted = self.ranks[0].environment.get("SLURM_CPUS_ON_NODE", "")
-        count = min(len(everything), int(granted)) if granted.isdigit() else len(everything)
-        return max(0, count - len(self.used))
+        count = len(self._everything)
+        return min(count, int(granted)) if granted.isdigit() else count
 
     @property
     def share(self) -> bool:
@@ -48,10 +69,19 @@ class _Machine:
 
 
 def _machines(job: JobFacts) -> list[_Machine]:
-    return [
-        _Machine(job.ranks[numbers[0]].host, numbers, [job.ranks[n] for n in numbers])
-        for numbers in job.machines.values()
-    ]
+    """One for all machines on which ranks are bound alike: a large job has one mistake, not one per node."""
+    alike: dict[str, list[list[int]]] = {}
+    for numbers in job.machines.values():
+        ranks = [job.ranks[number] for number in numbers]
+        key = repr([(r.cores, r.machine_cores, r.cpu_quota, _threads_wanted(r)) for r in ranks])
+        alike.setdefault(key, []).append(numbers)
+    found = []
+    for machines in alike.values():
+        numbers, more = machines[0], len(machines) - 1
+        others = f" and {more} machine(s) alike" if more else ""
+        host = f"{job.ranks[numbers[0]].host}{others}"
+        found.append(_Machine(host, numbers, [job.ranks[number] for number in numbers]))
+    return found
 
 
 def _cores(job: JobFacts) -> Iterator[Finding]:
@@ -75,12 +105,12 @@ def _cores(job: JobFacts) -> Iterator[Finding]:
                 "Ranks take turns, and MPI's waiting loops burn the turns of those who have work.",
                 "Start no more ranks per node than cores; for tests on a small machine it is fine.",
             )
-        elif machine.idle >= count:
+        elif machine.idle_physical >= max(count, _IDLE_SHARE * machine.physical):
             each = max(1, used // count)
             yield warning(
-                f"{who} {verb} {where} ({each} each), while {machine.idle} core(s) are idle",
+                f"{who} {verb} {where} ({each} each), while {machine.idle_physical} core(s) are idle",
                 f"PyTorch computes with as many threads as a rank has cores: {each} here.",
-                f"Give each rank {each + machine.idle // count} cores. {_MORE_CORES}",
+                f"Give each rank {each + machine.idle_physical // count} cores. {_MORE_CORES}",
             )
         else:
             yield ok(f"{who} {verb} {where}")

@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from hpcpar.cli.doctor import binding, launcher, libraries, memory, network, storage
+from hpcpar.cli.doctor import binding, gpus, launcher, libraries, memory, network, settings, storage
 from hpcpar.cli.doctor.findings import Check, Finding, JobFacts, Severity, judge, warning, worst
 from hpcpar.cli.doctor.gather import gather
 from hpcpar.cli.facts import ProcessFacts
@@ -43,7 +43,9 @@ def _gathered(job: JobFacts) -> list[Finding]:
 
 CHECKS: tuple[Check, ...] = (
     *launcher.CHECKS,
+    *settings.CHECKS,
     *libraries.CHECKS,
+    *gpus.CHECKS,
     *binding.CHECKS,
     *memory.CHECKS,
     *storage.CHECKS,
@@ -79,14 +81,16 @@ def doctor(folders: tuple[Path, ...], strict: bool, quiet: bool, as_json: bool, 
     Start it as you start your training, with the same launcher, ranks, nodes and modules; alone it looks at
     this process and machine. It takes a few seconds.
 
-    The exit status is 0 when nothing or only warnings were found, 1 for errors (with --strict: for warnings,
-    too), and 2 for mistakes in the command line.
+    Rank 0 speaks for all. Its exit status is 0 when nothing or only warnings were found, 1 for errors (with
+    --strict: for warnings, too), and 2 for mistakes in the command line.
     """
     wanted = [(folder.absolute(), True) for folder in folders]
     if (Path.cwd(), True) not in wanted:
         wanted.insert(0, (Path.cwd(), False))
     with watched(timeout, "doctor") as watcher:
-        facts, comm = start(watcher, _last_words)
+        facts, comm = start(watcher, _last_words, _complaint)
+        if comm is None and not is_first_process():
+            return 0  # the first one explains; any other status would end it before it has
         job = gather(facts, comm, wanted, watcher)
     findings = examine(job)
     severity = worst(findings)
@@ -99,18 +103,25 @@ def doctor(folders: tuple[Path, ...], strict: bool, quiet: bool, as_json: bool, 
     return int(severity in bad)
 
 
+def _complaint(facts: ProcessFacts) -> str:
+    """What a rank says that is the only one to have a problem: the others are waiting for it in MPI."""
+    found = judge((*launcher.CHECKS, *libraries.CHECKS), JobFacts([facts]))
+    return "this rank is without MPI\n" + "\n".join(
+        _block(finding) for finding in found if finding.severity is Severity.ERROR
+    )
+
+
 def _last_words(facts: ProcessFacts) -> str:
     """What is wrong as far as one process can tell, in case MPI ends it."""
     suspects = [f for f in judge(memory.CHECKS, JobFacts([facts])) if f.severity is not Severity.OK]
+    others = (facts.launcher.size or 1) > 1
+    who = "MPI ended this process when it started" + (", or another rank's end did" if others else "")
     if not suspects:
         return (
-            "MPI ended this process when it started, and nothing on this machine shows why. Start a single "
-            "rank, "
-            "look at what MPI itself has printed, and check that its mpirun belongs to its library"
+            f"{who}, and nothing on this machine shows why. Start a single rank, look at what MPI itself has "
+            "printed, and check that its mpirun belongs to its library"
         )
-    return "MPI ended this process when it started. What was seen before:\n" + "\n".join(
-        map(_block, suspects)
-    )
+    return f"{who}. What was seen before:\n" + "\n".join(map(_block, suspects))
 
 
 def examine(job: JobFacts) -> list[Finding]:

@@ -25,6 +25,7 @@ __all__ = [
     "name_ranks",
     "ok",
     "skipped",
+    "spread",
     "warning",
     "worst",
 ]
@@ -166,6 +167,18 @@ def worst(findings: Iterable[Finding]) -> Severity:
     """The severity of the worst; skipped ones count as well. Local."""
     severities = {finding.severity for finding in findings}
     return next((s for s in (Severity.ERROR, Severity.WARNING) if s in severities), Severity.OK)
+
+
+def spread(job: JobFacts, key: Callable[[ProcessFacts], object]) -> list[tuple[ProcessFacts, str]]:
+    """Facts of one rank for each distinct ``key``, and " on ranks 3 and 4" where others differ. Local.
+
+    A check that looks at what usually is the same everywhere looks once then, and names who is the odd one.
+    """
+    groups: dict[str, list[int]] = {}
+    for rank, facts in enumerate(job.ranks):
+        groups.setdefault(repr(key(facts)), []).append(rank)
+    only = len(groups) == 1
+    return [(job.ranks[ranks[0]], "" if only else f" on {name_ranks(ranks)}") for ranks in groups.values()]
 
 
 def name_ranks(ranks: Sequence[int]) -> str:

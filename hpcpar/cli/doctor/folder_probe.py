@@ -36,8 +36,10 @@ def probe(folder: Path, token: str, task: str) -> dict[str, object]:
     own = folder / f"{token}.{os.getpid()}"
     try:
         with open(own, "w") as file:
+            own.unlink()  # at once: should the lock never return, nothing is left behind
+            file.write(token)
+            file.flush()
             facts["lock_problem"] = _try_lock(file.fileno())
-        own.unlink()
         if task == "write":
             (folder / token).write_text(token)
     except OSError as error:

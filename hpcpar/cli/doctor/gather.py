@@ -1,7 +1,9 @@
 """What the ranks find out together: folders, clocks, the speed of messages, device buffers.
 
-Every part is collective, and either succeeds on all ranks or is left out on all: it ends in an agreement on
-whether it worked everywhere. Parts that ask the operating system do so in a small process with a time limit.
+Every part is collective and ends in an agreement on whether it worked everywhere: if not, it is left out on
+all ranks. A rank that fails while another one waits for its message cannot be agreed upon; its watcher knows
+of the failure, and names it when it ends the job. Parts that ask the operating system do so in a small
+process with a time limit.
 """
 
 from __future__ import annotations
@@ -61,19 +63,22 @@ def gather(
 
     def together(name: str, part: Callable[[], T], default: T) -> T:
         result, problem = default, None
+        watcher.enter(f"the look at {name}")
         try:
             result = part()
         except Exception as error:
             problem = f"{type(error).__name__}: {error}"
+            watcher.tell(failure=problem)
         told = [f"rank {rank}: {text}" for rank, text in enumerate(comm.allgather(problem)) if text]
         if told:
             problems[name] = told[0]
+            watcher.tell(failure="")
         return default if told else result
 
     return JobFacts(
         ranks=everyone,
         nodes=comm.node_map.nodes,
-        folders=together("folders", lambda: _folders(comm, everyone, folders), []),
+        folders=together("folders", lambda: _folders(comm, everyone, folders, watcher), []),
         clock_offsets_s=together("clocks", lambda: _clocks(comm, everyone), {}),
         memcpy_bytes_per_s=together("memcpy", lambda: measure.measure_memcpy(comm, _MEMCPY_BYTES, 0.2), None),
         links=together("messages", lambda: _links(comm), []),
@@ -86,7 +91,10 @@ def gather(
 
 
 def _folders(
-    comm: Communicator, everyone: Sequence[ProcessFacts], folders: Sequence[tuple[Path, bool]]
+    comm: Communicator,
+    everyone: Sequence[ProcessFacts],
+    folders: Sequence[tuple[Path, bool]],
+    watcher: Watcher,
 ) -> list[FolderFacts]:
     """Each folder from each machine (or container), by its first rank: rank 0 writes, the others look."""
     spaces = [(facts.machine, facts.mount_space) for facts in everyone]
@@ -96,6 +104,7 @@ def _folders(
         token = comm.bcast(f".hpcpar-doctor-{secrets.token_hex(6)}")
         mine = None
         if comm.rank == 0:
+            watcher.tell(tidy=[str(path / token)])
             mine = look_at_folder(path, named, everyone[0].host, token, True)
         written = comm.bcast(mine is not None and mine.problem is None)
         if is_first and comm.rank != 0:
@@ -103,6 +112,7 @@ def _folders(
         found += [one for one in comm.allgather(mine) if one is not None]
         if comm.rank == 0:
             _remove(path / token)
+            watcher.tell(tidy=[])
     return found
 
 

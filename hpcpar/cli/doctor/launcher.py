@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from hpcpar.cli.doctor.findings import Check, Finding, JobFacts, error, ok, skipped, warning
 from hpcpar.cli.facts import ProcessFacts
@@ -47,6 +47,11 @@ _START_ERRORS = (
         "docker and podman: `--shm-size=8g` or `--ipc=host`; or delete what dead jobs have left there.",
     ),
     (
+        "HPCPAR_TIMEOUT_S",
+        "Every wait of hpcpar ends after that time, so nothing starts without knowing it.",
+        "Give the variable a number of seconds, 0 for no limit, or unset it: 600 then.",
+    ),
+    (
         "HPCPAR_RANKS_PER_NODE",
         "hpcpar could not be started on all ranks.",
         "Give the variable a positive number, or unset it.",
@@ -64,7 +69,7 @@ def _starts(job: JobFacts) -> Iterator[Finding]:
     facts = job.first
     announced = facts.launcher.size or 1
     if facts.mpi_problem is not None and "LauncherError" not in facts.mpi_problem:
-        yield _explain(facts.mpi_problem)
+        yield _explain(facts.mpi_problem, facts.environment)
     elif facts.mpi is None or (announced > 1 and facts.mpi.size == 1):
         yield _mixed(facts)
     elif facts.launcher.rank is None:
@@ -73,8 +78,17 @@ def _starts(job: JobFacts) -> Iterator[Finding]:
         yield ok(f"{facts.launcher.name} started {facts.mpi.size} rank(s), and MPI sees as many")
 
 
-def _explain(problem: str) -> Finding:
+def _explain(problem: str, environment: Mapping[str, str]) -> Finding:
     seen = f"MPI does not start: {problem}"
+    chosen = [
+        f"{name}={environment[name]}" for name in ("MPI4PY_LIBMPI", "MPI4PY_MPIABI") if name in environment
+    ]
+    if chosen and "HPCPAR" not in problem and "/dev/shm" not in problem:
+        return error(
+            f"{seen} ({', '.join(chosen)})",
+            "The variable tells mpi4py which library to load, or of which MPI, instead of the one it finds.",
+            f"unset {' '.join(one.partition('=')[0] for one in chosen)}",
+        )
     for phrase, why, remedy in _START_ERRORS:
         if phrase in problem:
             return error(seen, why, remedy)

@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from functools import partial
 
-from hpcpar.cli.doctor.findings import Check, Finding, JobFacts, error, name_ranks, ok, skipped, warning
+from hpcpar.cli.doctor.findings import (
+    Check,
+    Finding,
+    JobFacts,
+    error,
+    name_ranks,
+    ok,
+    skipped,
+    spread,
+    warning,
+)
 from hpcpar.cli.doctor.launcher import family_of
 from hpcpar.cli.facts import ProcessFacts
 from hpcpar.comm.environment import name_library
@@ -46,11 +56,20 @@ _ABILITIES = {
 
 def _packages(job: JobFacts) -> Iterator[Finding]:
     """Everything can be imported, and is not too old."""
-    facts = job.first
+    found = False
+    for facts, where in spread(job, lambda facts: (facts.broken, facts.versions)):
+        for finding in _package_faults(facts, where):
+            found = True
+            yield finding
+    if not found:
+        yield ok(", ".join(f"{name} {version}" for name, version in job.first.versions.items()))
+
+
+def _package_faults(facts: ProcessFacts, where: str) -> Iterator[Finding]:
     for name, problem in facts.broken.items():
         if name != "mpi4py":  # launcher.starts explains that one
             yield error(
-                f"{name} cannot be imported: {problem}",
+                f"{name} cannot be imported{where}: {problem}",
                 "hpcpar needs it. A compiled part that is missing or was built for another Python looks so "
                 "too.",
                 f"pip install --force-reinstall --no-cache-dir {name}, with the pip of {facts.executable}",
@@ -60,12 +79,10 @@ def _packages(job: JobFacts) -> Iterator[Finding]:
         if version is not None and _parse(version) < oldest:
             wanted = ".".join(map(str, oldest))
             yield error(
-                f"{name} is {version}",
+                f"{name} is {version}{where}",
                 f"hpcpar needs {wanted} or newer.",
                 f"pip install --upgrade '{name}>={wanted}'",
             )
-    if not facts.broken:
-        yield ok(", ".join(f"{name} {version}" for name, version in facts.versions.items()))
 
 
 def _parse(version: str) -> tuple[int, ...]:
@@ -75,72 +92,72 @@ def _parse(version: str) -> tuple[int, ...]:
 
 def _abilities(job: JobFacts) -> Iterator[Finding]:
     """Nothing that is needed was left out when packages were compiled."""
-    facts = job.first
-    missing = [name for name in _ABILITIES if facts.abilities.get(name) is False]
-    for name in missing:
-        why, remedy, fatal = _ABILITIES[name]
-        yield (error if fatal else warning)(f"missing: {name}", why, remedy)
-    if facts.gpu_devices and not facts.gpus:
-        built = facts.abilities.get("GPU support in torch")
-        yield warning(
-            f"{facts.host} has {facts.gpu_devices} GPU(s) in /dev, torch sees none",
-            "torch finds no driver that fits, or CUDA_VISIBLE_DEVICES hides them."
-            if built
-            else "This torch was built for the CPU only.",
-            "nvidia-smi shows the driver's version; the wheel must not need a newer one."
-            if built
-            else "pip install torch without the CPU index, for the CUDA of the driver.",
-        )
-    if not missing:
-        yield ok(f"compiled in: {', '.join(name for name, there in facts.abilities.items() if there)}")
+    found = False
+    for name, (why, remedy, fatal) in _ABILITIES.items():
+        for facts, where in spread(job, partial(_lacks, name=name)):
+            if _lacks(facts, name):
+                found = True
+                yield (error if fatal else warning)(f"missing: {name}{where}", why, remedy)
+    if not found:
+        there = (name for name, there in job.first.abilities.items() if there)
+        yield ok(f"compiled in: {', '.join(there)}")
+
+
+def _lacks(facts: ProcessFacts, name: str) -> bool:
+    return facts.abilities.get(name) is False
 
 
 def _wheels(job: JobFacts) -> Iterator[Finding]:
     """One MPI wheel per environment."""
-    folders: dict[str, list[str]] = {}
-    for wheel in job.first.mpi_wheels:
-        name, _, folder = wheel.partition(" in ")
-        folders.setdefault(folder, []).append(name)
-    for folder, names in folders.items():
-        if len(names) > 1:
+    for facts, where in spread(job, lambda facts: facts.mpi_wheels):
+        folders: dict[str, list[str]] = {}
+        for wheel in facts.mpi_wheels:
+            name, _, folder = wheel.partition(" in ")
+            folders.setdefault(folder, []).append(name)
+        for folder, names in folders.items():
+            if len(names) == 1:
+                yield ok(f"{names[0]} is the only MPI wheel in {folder}{where}")
+                continue
             yield error(
-                f"{' and '.join(names)} are both installed in {folder}",
+                f"{' and '.join(names)} are both installed in {folder}{where}",
                 "Both bring bin/mpirun and lib/libmpi.so; the second has overwritten parts of the first.",
                 f"pip uninstall -y {' '.join(name.split()[0] for name in names)}, then install one of them.",
             )
-        else:
-            yield ok(f"{names[0]} is the only MPI wheel in {folder}")
 
 
 def _loaded(job: JobFacts) -> Iterator[Finding]:
     """One MPI library in the process, and the one that mpi4py was compiled for."""
-    facts = job.first
-    files = {str(Path(path).name): path for path in facts.libraries}
-    if len(files) > 1:
-        yield error(
-            f"this process has loaded {len(files)} MPI libraries: {', '.join(files.values())}",
-            "Some calls go to the one, some to the other. Often h5py was built with a parallel HDF5 of "
-            "another "
-            "MPI.",
-            "Build mpi4py and h5py against one MPI, or use the wheel of h5py, which has no MPI.",
-        )
-    if facts.mpi is None:
-        return
-    built = name_library(facts.mpi.built_for)[0]
-    if "unknown" not in (built, facts.mpi.name) and family_of(built) != family_of(facts.mpi.name):
-        yield error(
-            f"mpi4py was compiled for {facts.mpi.built_for}, the library is {facts.mpi.name} "
-            f"{facts.mpi.version}",
-            "Their binary interfaces differ: constants mean other things.",
-            "MPICC=mpicc pip install --force-reinstall --no-cache-dir --no-binary mpi4py mpi4py",
-        )
-    elif len(files) <= 1:
-        yield ok(f"{facts.mpi.name} {facts.mpi.version} from {facts.mpi.path}")
+    for facts, where in spread(job, lambda facts: (facts.libraries, _mpi_version(facts), _built_for(facts))):
+        if len(facts.libraries) > 1:
+            used = f"; mpi4py uses {facts.mpi.path}" if facts.mpi and facts.mpi.path else ""
+            yield error(
+                f"{len(facts.libraries)} MPI libraries are loaded in one process{where}: "
+                f"{', '.join(facts.libraries)}{used}",
+                "Some calls go to the one, some to the other. Often h5py was built with a parallel HDF5 of "
+                "another MPI.",
+                "Build mpi4py and h5py against one MPI, or use the wheel of h5py, which has no MPI.",
+            )
+        if facts.mpi is None:
+            continue
+        built = name_library(facts.mpi.built_for)[0]
+        if "unknown" not in (built, facts.mpi.name) and family_of(built) != family_of(facts.mpi.name):
+            yield error(
+                f"mpi4py was compiled for {facts.mpi.built_for}, the library is {facts.mpi.name} "
+                f"{facts.mpi.version}{where}",
+                "Their binary interfaces differ: constants mean other things.",
+                "MPICC=mpicc pip install --force-reinstall --no-cache-dir --no-binary mpi4py mpi4py",
+            )
+        elif len(facts.libraries) <= 1:
+            yield ok(f"{facts.mpi.name} {facts.mpi.version} from {facts.mpi.path}{where}")
+
+
+def _built_for(facts: ProcessFacts) -> str | None:
+    return None if facts.mpi is None else facts.mpi.built_for
 
 
 def _alike(job: JobFacts) -> Iterator[Finding]:
     """The same versions and settings on all ranks."""
-    versions = _unlike(job, lambda facts: {"python": facts.python, **facts.versions, **_mpi_version(facts)})
+    versions = _unlike(job, _comparable)
     for name, texts in versions.items():
         yield error(
             f"ranks have different versions of {name}: {texts}",
@@ -154,8 +171,24 @@ def _alike(job: JobFacts) -> Iterator[Finding]:
             "mpirun may pass on only some variables to other nodes.",
             "mpirun -x NAME (Open MPI), -genv NAME value (MPICH), or set it in the job script under srun.",
         )
-    if len(job.ranks) > 1 and not versions and not settings:
+    gpus = _unlike(job, lambda facts: {"GPUs in torch": str(len(facts.gpus))})
+    for name, texts in gpus.items():
+        yield warning(
+            f"ranks have different numbers of {name}: {texts}",
+            "The ranks without compute on the CPU, and all others wait for them in each step; or the program "
+            "stops there.",
+            "Look at nvidia-smi on that node, and at CUDA_VISIBLE_DEVICES of its ranks (hpcpar info); "
+            "exclude "
+            "the node.",
+        )
+    if len(job.ranks) > 1 and not versions and not settings and not gpus:
         yield ok("versions and settings are the same on all ranks")
+
+
+def _comparable(facts: ProcessFacts) -> dict[str, str]:
+    """What must be alike, but for abilities of which a check of their own speaks."""
+    others = {name: str(there) for name, there in facts.abilities.items() if name not in _ABILITIES}
+    return {"python": facts.python, **facts.versions, **_mpi_version(facts), **others}
 
 
 def _mpi_version(facts: ProcessFacts) -> dict[str, str]:
@@ -182,18 +215,19 @@ def _unlike(job: JobFacts, read: Callable[[ProcessFacts], dict[str, str]]) -> di
 
 def _threads(job: JobFacts) -> Iterator[Finding]:
     """Several threads may call MPI."""
-    mpi = job.first.mpi
-    if mpi is None:
-        yield skipped("thread level: MPI does not start")
-    elif mpi.thread_level == "multiple":
-        yield ok("several threads may call MPI (MPI_THREAD_MULTIPLE)")
-    else:
-        yield warning(
-            f"the thread level of MPI is {mpi.thread_level!r}",
-            "hpcpar then reduces without its progress thread, and experts that serve in threads do not work.",
-            "Set the library's switch, such as MPICH_MAX_THREAD_SAFETY=multiple (Cray), or use a build with "
-            "threads. A program that starts MPI itself must ask for it: mpi4py.rc.thread_level.",
-        )
+    for facts, where in spread(job, lambda facts: facts.mpi and facts.mpi.thread_level):
+        if facts.mpi is None:
+            yield skipped(f"thread level{where}: MPI does not start")
+        elif facts.mpi.thread_level == "multiple":
+            yield ok(f"several threads may call MPI (MPI_THREAD_MULTIPLE){where}")
+        else:
+            yield warning(
+                f"the thread level of MPI is {facts.mpi.thread_level!r}{where}",
+                "hpcpar then reduces without its progress thread, and experts that serve in threads do not "
+                "work.",
+                "Set the library's switch, such as MPICH_MAX_THREAD_SAFETY=multiple (Cray), or use a build "
+                "with threads. A program that starts MPI itself must ask for it: mpi4py.rc.thread_level.",
+            )
 
 
 def _fault_tolerance(job: JobFacts) -> Iterator[Finding]:
@@ -209,27 +243,6 @@ def _fault_tolerance(job: JobFacts) -> Iterator[Finding]:
         yield ok("no fault tolerance (ULFM) in this MPI: a rank that dies ends the job")
 
 
-def _gpu(job: JobFacts) -> Iterator[Finding]:
-    """A library that claims to take device buffers must not harm them."""
-    facts = job.first
-    if job.gpu is not None and job.gpu.wrong:
-        yield error(
-            job.gpu.summary,
-            "Programs that hand device buffers to MPI compute with wrong data. hpcpar hands over none: it "
-            "goes "
-            "by pinned host memory, and is safe.",
-            "Do not use this MPI with device buffers; report it to the site. Known cures: "
-            "UCX_MEMTYPE_CACHE=n "
-            "(UCX), another version of the library.",
-        )
-    elif job.gpu is not None:
-        yield ok(job.gpu.summary)
-    elif facts.gpus:
-        claim = facts.mpi.gpu_claim if facts.mpi else None
-        said = {True: "claims", False: "denies", None: "does not say"}[claim]
-        yield ok(f"device buffers were not tried: MPI {said} that it takes them; hpcpar needs it not")
-
-
 CHECKS = (
     Check("libraries.packages", _packages),
     Check("libraries.compiled", _abilities),
@@ -238,5 +251,4 @@ CHECKS = (
     Check("libraries.alike", _alike),
     Check("libraries.threads", _threads),
     Check("libraries.ulfm", _fault_tolerance),
-    Check("libraries.gpu", _gpu),
 )

@@ -12,15 +12,26 @@ and libfabric's ``sockets`` provider (``man fi_sockets``: for development, not f
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
-from hpcpar.cli.doctor.findings import Check, Finding, JobFacts, name_ranks, ok, skipped, warning
+from hpcpar.cli.doctor.findings import (
+    Check,
+    Finding,
+    JobFacts,
+    error,
+    name_ranks,
+    ok,
+    skipped,
+    spread,
+    warning,
+)
 from hpcpar.cli.facts import ProcessFacts
 from hpcpar.cli.measure import PairResult
 from hpcpar.cli.output import format_rate, format_seconds
 
 __all__ = ["CHECKS"]
 
+_TRANSPORTS = ("OMPI_MCA_btl", "UCX_TLS", "FI_PROVIDER", "MPIR_CVAR_ASYNC_PROGRESS", "MPICH_ASYNC_PROGRESS")
 _CLOCK_S = 1.0
 _SLOW_NODE_LATENCY_S = 20e-6
 _SLOW_NODE_SHARE = 0.1
@@ -38,7 +49,11 @@ def _shared_memory(job: JobFacts) -> Iterator[Finding]:
     apart = False
     for numbers in job.machines.values():
         groups = {job.ranks[number].sharer for number in numbers}
-        if len(groups) > 1:
+        spaces = {(job.ranks[number].sharer, job.ranks[number].shm_device) for number in numbers}
+        if len(spaces) > len(groups):
+            apart = True
+            yield _crash(job, numbers)
+        elif len(groups) > 1:
             apart = True
             yield warning(
                 f"{name_ranks(numbers)} are all on {job.ranks[numbers[0]].host}, but MPI sees "
@@ -53,6 +68,23 @@ def _shared_memory(job: JobFacts) -> Iterator[Finding]:
             )
     if not apart:
         yield ok(f"ranks share memory on {len(job.machines)} machine(s)")
+
+
+def _crash(job: JobFacts, numbers: list[int]) -> Finding:
+    """MPI goes by host names or process ids, and these ranks do not see the same files."""
+    devices: dict[str, list[int]] = {}
+    for number in numbers:
+        devices.setdefault(job.ranks[number].shm_device, []).append(number)
+    return error(
+        f"{name_ranks(numbers)} are on one machine, {job.ranks[numbers[0]].host}, and MPI wants to share "
+        "memory "
+        f"between them, but they have {len(devices)} different /dev/shm: "
+        + "; ".join(name_ranks(ranks) for ranks in devices.values()),
+        "Each opens a file that the other does not have: training ends in a segmentation fault, or computes "
+        "with memory that nobody else sees. Each rank in a container of its own looks so.",
+        "Start one container per node with all its ranks, or give all the machine's /dev/shm (docker: "
+        "--ipc=host; Apptainer does by default).",
+    )
 
 
 def _hosts(job: JobFacts) -> Iterator[Finding]:
@@ -91,42 +123,43 @@ def _clocks(job: JobFacts) -> Iterator[Finding]:
 
 def _settings(job: JobFacts) -> Iterator[Finding]:
     """No setting that is known to slow messages down."""
-    settings = job.first.environment
-    found = False
+    found = [
+        finding
+        for facts, where in spread(job, lambda facts: [facts.environment.get(name) for name in _TRANSPORTS])
+        for finding in _slow_settings(facts.environment, where)
+    ]
+    yield from found or [ok("no settings that are known to slow messages down")]
+
+
+def _slow_settings(settings: Mapping[str, str], where: str) -> Iterator[Finding]:
     btl = settings.get("OMPI_MCA_btl")
     if btl is not None and _leaves_out(btl, ("sm", "vader")):
-        found = True
         yield warning(
-            f"OMPI_MCA_btl={btl} leaves out sm, shared memory",
+            f"OMPI_MCA_btl={btl} leaves out sm, shared memory{where}",
             "Without UCX or another fabric, messages between ranks of one node go by TCP.",
             "Unset it, or add sm: OMPI_MCA_btl=self,sm,tcp",
         )
     tls = settings.get("UCX_TLS")
     if tls is not None and tls != "all" and _leaves_out(tls, ("sm", "shm", "mm", "posix", "sysv", "xpmem")):
-        found = True
         yield warning(
-            f"UCX_TLS={tls} names no shared-memory transport",
+            f"UCX_TLS={tls} names no shared-memory transport{where}",
             "Messages between ranks of one node then go through the network adapter or TCP.",
             "Unset it, or add sm: UCX_TLS=sm,...",
         )
     if settings.get("FI_PROVIDER") == "sockets":
-        found = True
         yield warning(
-            "FI_PROVIDER=sockets",
+            f"FI_PROVIDER=sockets{where}",
             "libfabric's sockets provider is for development; it is slow.",
             "Unset it, and libfabric takes the fastest; or name the fabric's: verbs, cxi, psm3, efa; tcp.",
         )
     asynchronous = [n for n in ("MPIR_CVAR_ASYNC_PROGRESS", "MPICH_ASYNC_PROGRESS") if settings.get(n) == "1"]
     if asynchronous:
-        found = True
         yield warning(
-            f"{asynchronous[0]}=1",
+            f"{asynchronous[0]}=1{where}",
             "MPI runs a thread that polls, one per rank: it takes the core of a thread of PyTorch, and every "
             "message pays for locks. hpcpar makes its own progress.",
             "Unset it.",
         )
-    if not found:
-        yield ok("no settings that are known to slow messages down")
 
 
 def _leaves_out(value: str, wanted: tuple[str, ...]) -> bool:

@@ -9,6 +9,15 @@ from hpcpar.cli.doctor.findings import Check, Finding, FolderFacts, JobFacts, er
 __all__ = ["CHECKS"]
 
 _UNLOCKED = ("FALSE", "0", "BEST_EFFORT")
+_ELSEWHERE = "Work in the site's scratch or project folder, and try it: hpcpar doctor --folder <path>"
+_REMEDIES = (
+    ("EROFS", f"Some sites mount home read-only on compute nodes. {_ELSEWHERE}"),
+    ("ENOSPC", "The file system is full: delete something, or ask for more."),
+    ("EDQUOT", "Your quota is used up: delete something, or ask for more (`quota -s`, `lfs quota`)."),
+    ("ENOENT", "Make it before the job (mkdir -p), or look for a typing error; in containers, bind it."),
+    ("EACCES", "Look at its owner and mode (ls -ld), and at those of the folders above."),
+    ("no answer", "The file system does not answer on that node: tell the site, and exclude the node."),
+)
 _LOCAL = ("tmpfs", "overlay", "ext4", "xfs", "btrfs", "ramfs")
 
 
@@ -25,9 +34,8 @@ def _writable(job: JobFacts) -> Iterator[Finding]:
             continue
         yield _severity(folder)(
             f"{folder.path} ({folder.file_system}) is not writable on {folder.host}: {folder.problem}",
-            "Checkpoints and results cannot be written there. Some sites mount home read-only on compute "
-            "nodes.",
-            "Work in the site's scratch or project folder, and try it: hpcpar doctor --folder <path>",
+            "Checkpoints and results cannot be written there.",
+            next((remedy for phrase, remedy in _REMEDIES if phrase in folder.problem), _ELSEWHERE),
         )
 
 
