@@ -168,7 +168,7 @@ class Preemption:
 
         A signal that a batch system sends to all processes of a job also reaches those that know nothing of
         it, such as the spawned workers of a data loader, and ends them, and the training with them. This
-        process gets what has come meanwhile at the end of the block.
+        process is told of it all the same, at the end of the block at the latest.
 
         Examples
         --------

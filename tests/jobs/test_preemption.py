@@ -159,7 +159,6 @@ with Preemption(signals=("SIGUSR1", "SIGTERM")) as preemption:
     with preemption.shielded():
         worker = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
         os.kill(os.getpid(), signal.SIGUSR1)
-        assert not preemption.requested()
     assert preemption.requested() and preemption.reason.startswith("SIGUSR1")
     worker.send_signal(signal.SIGUSR1)
     worker.communicate(b"\\n", timeout=30)
