@@ -258,7 +258,7 @@ def main() -> None:
         print(environment.text)
         show(timings, nbytes, comm.size)
         content = {"nbytes": nbytes, "seconds": timings.seconds, "standstill": standstill(timings)}
-        save(options.output, "io-checkpoints", environment, content, draw(timings))
+        save(options.output, "io_checkpoints", environment, content, draw(timings))
 
 
 if __name__ == "__main__":
