@@ -7,6 +7,9 @@
     every rank   write its file, sync it     -> gather
     rank 0       write the manifest, rename  -> broadcast the outcome
 
+A large state is written while its digests are computed, by a *guess*: that all ranks have the same, as they
+mostly do. A rank whose share of the plan turns out to be another one writes its file again.
+
 Whatever fails before the rename, on any rank, fails on all with the same error, and what was committed before
 stays as it was. The rename is the commit. After it nothing is an error any more: what is left to do, to sync
 the folder and to remove what was replaced, is logged where it fails, and the next save does it.
@@ -15,6 +18,7 @@ the folder and to remove what was replaced, is logged where it fails, and the ne
 from __future__ import annotations
 
 import logging
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import astuple, dataclass
 from datetime import UTC, datetime
@@ -25,9 +29,9 @@ from typing import Any
 import torch
 
 from hpcpar.checkpoint.data_file import DataFile, write_data_file
-from hpcpar.checkpoint.fingerprint import fingerprint
+from hpcpar.checkpoint.fingerprint import fingerprint, slice_bounds
 from hpcpar.checkpoint.folder import LOCK, MANIFEST, data_name, generation_of, locked, our_files, sync_folder
-from hpcpar.checkpoint.leaves import as_bytes
+from hpcpar.checkpoint.leaves import as_bytes, value_nbytes
 from hpcpar.checkpoint.manifest import Manifest, manifest_from, manifest_text, write_manifest
 from hpcpar.checkpoint.plan import Description, Plan, Write, describe, make_plan
 from hpcpar.checkpoint.ranks import Ranks, attempt
@@ -38,6 +42,7 @@ from hpcpar.errors import CheckpointError
 __all__ = ["SaveJob"]
 
 _LOG = logging.getLogger(__name__)
+_GUESS_BYTES = 16 << 20  # less is written faster than a thread is started
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,14 @@ class _Share:
     work: tuple[Write, ...]
     data_bytes: int
     plan: Plan | None
+
+
+@dataclass(frozen=True)
+class _Guess:
+    """What this rank writes if all ranks have the same, and a thread that does so already."""
+
+    share: _Share
+    written: Future[DataFile | None]
 
 
 @dataclass(frozen=True)
@@ -79,10 +92,27 @@ class SaveJob:
             The same on every rank; nothing of this save is left then.
         """
         try:
-            self._write(ranks, self._plan(ranks))
+            with ThreadPoolExecutor(1) as thread:  # its end is waited for, whatever happens
+                guess = self._begin_by_guess(ranks, thread)
+                self._write(ranks, self._plan(ranks), guess)
         except CheckpointError:
             self._clean_up(ranks)
             raise
+
+    def _begin_by_guess(self, ranks: Ranks, thread: ThreadPoolExecutor) -> _Guess | None:
+        """Let the disk work while digests are computed. Local."""
+        leaves = self.tree.leaves
+        on_gpu = any(isinstance(leaf, torch.Tensor) and leaf.is_cuda for leaf in leaves)
+        sizes = [] if on_gpu else [value_nbytes(leaf) for leaf in leaves]
+        if sum(sizes) < _GUESS_BYTES:
+            return None
+        unknown = [[""] * len(list(slice_bounds(size))) for size in sizes]
+        plan = make_plan([describe(self.tree, unknown)] * ranks.size)
+        share = _Share(plan.work[ranks.rank], plan.data_bytes[ranks.rank], None)
+        try:
+            return _Guess(share, thread.submit(self._write_data, ranks.rank, share))
+        except RuntimeError:  # the process exits, and has no new threads
+            return None
 
     # ---- the plan -----------------------------------------------------------------------------------------
 
@@ -105,11 +135,22 @@ class SaveJob:
 
     # ---- the data, and the commit -------------------------------------------------------------------------
 
-    def _write(self, ranks: Ranks, share: _Share) -> None:
-        file = attempt(ranks, lambda: self._write_data(ranks.rank, share))
+    def _write(self, ranks: Ranks, share: _Share, guess: _Guess | None) -> None:
+        file = attempt(ranks, lambda: self._written(ranks.rank, share, guess))
         gathered = ranks.gather(None if file is None else list(astuple(file)))
         plan = share.plan
         attempt(ranks, lambda: None if plan is None else self._commit(gathered or [], plan))
+
+    def _written(self, rank: int, share: _Share, guess: _Guess | None) -> DataFile | None:
+        """What the guess has written, if it was right."""
+        if guess is None:
+            return self._write_data(rank, share)
+        if (guess.share.work, guess.share.data_bytes) == (share.work, share.data_bytes):
+            return guess.written.result()
+        with suppress(CheckpointError):
+            guess.written.result()
+        self._path(rank).unlink(missing_ok=True)
+        return self._write_data(rank, share)
 
     def _write_data(self, rank: int, share: _Share) -> DataFile | None:
         if not share.work:

@@ -25,6 +25,7 @@ __all__ = [
     "finished",
     "memory_of",
     "nbytes_of",
+    "value_nbytes",
 ]
 
 if TYPE_CHECKING:
@@ -66,6 +67,13 @@ def describe_leaf(value: LeafValue, where: str) -> dict[str, Any]:
         kind = "array" if isinstance(value, np.ndarray) else "scalar"
         return {"$": kind, "dtype": value.dtype.str, "shape": list(value.shape)}
     return {"$": "bytes", "dtype": "|u1", "shape": [len(value)]}
+
+
+def value_nbytes(value: LeafValue) -> int:
+    """How many bytes its contents have. Local."""
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.dtype.itemsize
+    return len(value) if isinstance(value, (bytes, bytearray)) else value.nbytes
 
 
 def array_dtype(leaf: Leaf) -> torch.dtype | np.dtype[Any]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from hpcpar.checkpoint.leaves import LeafValue, as_bytes
+from hpcpar.checkpoint.leaves import LeafValue, as_bytes, value_nbytes
 
 __all__ = ["SnapshotMemory"]
 
@@ -32,7 +32,7 @@ class SnapshotMemory:
         list
             For each leaf its contents, as bytes.
         """
-        sizes = [_nbytes(leaf) for leaf in leaves]
+        sizes = [value_nbytes(leaf) for leaf in leaves]
         on_gpu = any(isinstance(leaf, torch.Tensor) and leaf.is_cuda for leaf in leaves)
         total = sum(_aligned(size) for size in sizes)
         if total > self._memory.numel() or (on_gpu and not self._memory.is_pinned()):
@@ -48,12 +48,6 @@ class SnapshotMemory:
         if on_gpu:
             torch.cuda.synchronize()
         return copies
-
-
-def _nbytes(leaf: LeafValue) -> int:
-    if isinstance(leaf, torch.Tensor):
-        return leaf.numel() * leaf.dtype.itemsize
-    return len(leaf) if isinstance(leaf, (bytes, bytearray)) else leaf.nbytes
 
 
 def _aligned(nbytes: int) -> int:

@@ -237,3 +237,17 @@ def test_pipeline_moves_to_another_number_of_stages(comm: Communicator, folder: 
     alone = make_net()
     load(folder / "run", {"model": alone})
     assert [name for name, _ in alone.named_parameters()] == list(expected)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_large_state_is_written_by_a_guess_that_may_be_wrong(
+    comm: Communicator, folder: Path, same: bool
+) -> None:
+    """That all ranks have the same, and so write equal parts of it."""
+    drawn = torch.Generator().manual_seed(0 if same else comm.rank)
+    state = {str(n): torch.randn(1 << 20, generator=drawn) for n in range(5)}
+    save(folder / "large", state, comm)
+    loaded = load(folder / "large", comm=comm)
+    assert all(torch.equal(loaded[name], state[name]) for name in state)
+    nbytes = [path.stat().st_size for path in (folder / "large").glob("*.h5")]
+    assert sum(nbytes) < (1 if same else comm.size) * 21 * 2**20
