@@ -43,6 +43,7 @@ __all__ = ["SaveJob"]
 
 _LOG = logging.getLogger(__name__)
 _GUESS_BYTES = 16 << 20  # less is written faster than a thread is started
+_GUESS_HOLDERS = 1_000_000  # of more leaves, or by more ranks, a plan takes longer than it saves
 
 
 @dataclass(frozen=True)
@@ -104,14 +105,14 @@ class SaveJob:
         leaves = self.tree.leaves
         on_gpu = any(isinstance(leaf, torch.Tensor) and leaf.is_cuda for leaf in leaves)
         sizes = [] if on_gpu else [value_nbytes(leaf) for leaf in leaves]
-        if sum(sizes) < _GUESS_BYTES:
+        if sum(sizes) < _GUESS_BYTES or len(sizes) * ranks.size > _GUESS_HOLDERS:
             return None
-        unknown = [[""] * len(list(slice_bounds(size))) for size in sizes]
-        plan = make_plan([describe(self.tree, unknown)] * ranks.size)
-        share = _Share(plan.work[ranks.rank], plan.data_bytes[ranks.rank], None)
         try:
+            unknown = [[""] * len(list(slice_bounds(size))) for size in sizes]
+            plan = make_plan([describe(self.tree, unknown)] * ranks.size)
+            share = _Share(plan.work[ranks.rank], plan.data_bytes[ranks.rank], None)
             return _Guess(share, thread.submit(self._write_data, ranks.rank, share))
-        except RuntimeError:  # the process exits, and has no new threads
+        except Exception:  # no plan, or no thread at the exit of the process: the others must hear why, later
             return None
 
     # ---- the plan -----------------------------------------------------------------------------------------
