@@ -25,7 +25,7 @@ from hpcpar.cli.output import (
     styled,
     terminal_width,
 )
-from hpcpar.cli.session import Watcher, start, watched
+from hpcpar.cli.session import Watcher, start, timeout_option, watched
 from hpcpar.comm import Communicator
 
 __all__ = ["describe", "describe_ranks", "differences", "info"]
@@ -35,14 +35,7 @@ _LABEL_WIDTH = 18
 
 @click.command(epilog="Example: mpirun -n 4 hpcpar info")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object: facts per rank.")
-@click.option(
-    "--timeout",
-    type=click.FloatRange(min=0),
-    default=120.0,
-    show_default=True,
-    metavar="SECONDS",
-    help="End with an error when it takes longer; 0 means never.",
-)
+@timeout_option
 def info(as_json: bool, timeout: float) -> None:
     """Show versions, the MPI library, cores, memory, GPUs and settings: of this process or of all ranks.
 

@@ -43,11 +43,22 @@ from hpcpar.comm.environment import job_key, memory_sharers, read_launcher
 from hpcpar.comm.progress import timeout_from_environment
 from hpcpar.errors import HpcparError
 
-__all__ = ["Watcher", "fatal_shortage", "start", "watched"]
+__all__ = ["Watcher", "fatal_shortage", "start", "timeout_option", "watched"]
 
 _TRIAL_S = 60.0
 _SHM_BASE, _SHM_PER_RANK = 16 << 20, 4 << 20
 _FIRST_S = 8.0
+
+
+timeout_option = click.option(
+    "--timeout",
+    type=click.FloatRange(min=0),
+    default=120.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="End with an error when it takes longer; 0 means never.",
+)
+"""Of commands that look at all ranks."""
 
 
 class Watcher:

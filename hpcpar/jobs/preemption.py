@@ -137,8 +137,8 @@ class Preemption:
         """Whether the job is to stop; once per step, on all ranks. The same answer on all of them.
 
         With a model it is what the reductions up to the last one have told, else what ranks knew when they
-        called this the last time. Once true it stays true. Collective in effect; does not wait, unless it
-        is true for the first time.
+        called this the last time. Once true it stays true. Collective in effect; waits for nobody, except,
+        without a model, for a rank that is a whole step behind.
 
         Parameters
         ----------

@@ -18,7 +18,7 @@ from hpcpar.cli.doctor.findings import Check, Finding, JobFacts, Severity, judge
 from hpcpar.cli.doctor.gather import gather
 from hpcpar.cli.facts import ProcessFacts
 from hpcpar.cli.output import is_first_process, paragraph, print_json, styled, terminal_width
-from hpcpar.cli.session import start, watched
+from hpcpar.cli.session import start, timeout_option, watched
 
 __all__ = ["CHECKS", "doctor", "examine", "report"]
 
@@ -67,14 +67,7 @@ CHECKS: tuple[Check, ...] = (
 @click.option("--strict", is_flag=True, help="Exit with status 1 for warnings, too.")
 @click.option("--quiet", is_flag=True, help="Show what is wrong only.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object: status and findings.")
-@click.option(
-    "--timeout",
-    type=click.FloatRange(min=0),
-    default=120.0,
-    show_default=True,
-    metavar="SECONDS",
-    help="End with an error when it takes longer; 0 means never.",
-)
+@timeout_option
 def doctor(folders: tuple[Path, ...], strict: bool, quiet: bool, as_json: bool, timeout: float) -> int:
     """Find out what is wrong with an installation or a job, why it matters, and what to do.
 
