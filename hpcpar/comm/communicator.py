@@ -23,7 +23,7 @@ from hpcpar.comm.mpi import MPI
 from hpcpar.comm.objects import ObjectMessages
 from hpcpar.comm.request import wait_all
 from hpcpar.comm.topology import NodeMap, cores_per_rank
-from hpcpar.comm.watchdog import install_exception_hook, install_exit_hook
+from hpcpar.comm.watchdog import install_exception_hook, install_exit_hook, wait_for_readers
 from hpcpar.logs import configure_by_default
 
 if TYPE_CHECKING:
@@ -163,7 +163,8 @@ class Communicator(ObjectMessages):
         return self._handle is None
 
     def abort(self, code: int = 1) -> None:
-        """End every process of the job at once. Local."""
+        """End every process of the job, when the launcher has taken what was reported. Local."""
+        wait_for_readers()
         self.mpi.Abort(code)
 
     def __enter__(self) -> Communicator:
