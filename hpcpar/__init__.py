@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> ModuleType:
-    """Import the packages that bring others with them (h5py) when they are first used."""
-    if name in ("checkpoint", "data"):
+    """Import the packages that bring others with them (h5py, torch-xla) when they are first used."""
+    if name in ("checkpoint", "data", "xla"):
         return importlib.import_module(f"hpcpar.{name}")
     raise AttributeError(f"module 'hpcpar' has no attribute {name!r}")

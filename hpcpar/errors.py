@@ -16,6 +16,7 @@ from collections.abc import Sequence
 __all__ = [
     "CheckpointError",
     "CommunicatorFreedError",
+    "DatasetEndedError",
     "HpcparError",
     "LauncherError",
     "MismatchError",
@@ -84,6 +85,10 @@ class ScheduleError(HpcparError):
 
 class CommunicatorFreedError(HpcparError):
     """A communicator, or something built on one, was used after it was freed."""
+
+
+class DatasetEndedError(HpcparError, StopIteration):
+    """A step was asked for behind the end of the dataset, of which the step before had told."""
 
 
 class CheckpointError(HpcparError):

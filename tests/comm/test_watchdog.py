@@ -21,7 +21,7 @@ REPORT = b"rank 1 failed\n" * 100
 
 @contextmanager
 def reported() -> Iterator[int]:
-    """Standard error is a pipe with a report in it; yields the reading end. Pytest has its own for fixtures."""
+    """Standard error is a pipe with a report in it; yields its reading end."""
     reader, writer = os.pipe()
     with os.fdopen(writer, "w") as stream, pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stderr", stream)

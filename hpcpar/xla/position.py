@@ -1,0 +1,112 @@
+"""The position: how far the training of this rank is, and how to go on from there in another job.
+
+::
+
+    samples of the epoch     | skipped, by jobs before | taken, by this one | read ahead | ...
+
+What was read ahead is on its way to the devices, so a sampler cannot know what was used; the steps do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hpcpar.comm import Communicator
+
+__all__ = ["Position"]
+
+
+class Position:
+    """Counts the steps and samples of a manager.
+
+    Parameters
+    ----------
+    comm
+        The ranks, or None for this one alone.
+    sampler
+        The manager's; one with ``gather_state`` and ``load_state_dict`` keeps the place in the epoch.
+
+    Attributes
+    ----------
+    steps, samples : int
+        Since the training began: steps that had samples, and samples of all ranks.
+    skipped : int
+        Samples of this rank at the beginning of the epoch, which are not to be read again.
+    """
+
+    def __init__(self, comm: Communicator | None, sampler: Iterable[int] | None) -> None:
+        self._comm = comm
+        self._sampler = sampler
+        self.steps = self.samples = self.skipped = 0
+        self._taken = 0
+
+    @property
+    def rank(self) -> int:
+        """Of this process. Local."""
+        return 0 if self._comm is None else self._comm.rank
+
+    @property
+    def size(self) -> int:
+        """Number of ranks. Local."""
+        return 1 if self._comm is None else self._comm.size
+
+    def take(self, samples: int) -> None:
+        """So many more samples of this rank are gone from the epoch. Local."""
+        self._taken += samples
+
+    def start_epoch(self) -> None:
+        """The dataset, or the sampler, begins again. Local."""
+        self.skipped = self._taken = 0
+
+    def state_dict(self, random_states: list[int]) -> dict[str, Any]:
+        """What :meth:`load_state_dict` needs; the same on all ranks. Collective.
+
+        Parameters
+        ----------
+        random_states
+            Of this rank's devices.
+        """
+        own = (self.skipped + self._taken, [hex(state) for state in random_states])  # 64 bits without a sign
+        everyone = [own] if self._comm is None else self._comm.allgather(own)
+        gather_state = getattr(self._sampler, "gather_state", None)
+        return {
+            "steps": self.steps,
+            "samples": self.samples,
+            "taken": [taken for taken, _ in everyone],
+            "random_states": [states for _, states in everyone],
+            "sampler": None if gather_state is None else gather_state(self._taken),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> list[int] | None:
+        """Go on from a state. Local; all ranks must.
+
+        Returns
+        -------
+        list of int or None
+            Random states of this rank's devices, where it was saved on as many ranks.
+
+        Raises
+        ------
+        ValueError
+            When the state is of another number of ranks, and the sampler cannot share out the rest.
+        """
+        taken = [int(own) for own in state["taken"]]
+        is_same_size = len(taken) == self.size
+        load_sampler = getattr(self._sampler, "load_state_dict", None)
+        if state["sampler"] is not None and load_sampler is not None:
+            load_sampler(state["sampler"])
+            skipped = 0
+        elif any(taken) and not is_same_size:
+            raise ValueError(
+                f"an epoch that began on {len(taken)} ranks must go on on as many, got {self.size}; with "
+                "sampler=hpcpar.data.DistributedSampler(dataset, comm) it may go on on others"
+            )
+        else:
+            skipped = taken[self.rank] if is_same_size else 0
+        self.skipped, self._taken = skipped, 0
+        self.steps, self.samples = int(state["steps"]), int(state["samples"])
+        if not is_same_size:
+            return None
+        return [int(text, 16) for text in state["random_states"][self.rank]]
