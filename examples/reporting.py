@@ -93,8 +93,16 @@ def write_history(folder: Path, history: Mapping[str, Any]) -> Path:
     return path
 
 
-def draw_curves(path: Path, x_label: str, panels: Mapping[str, Sequence[Curve]]) -> Path | None:
-    """Draw one panel per entry, side by side, into a picture file; None where matplotlib is missing."""
+def draw_curves(
+    path: Path,
+    x_label: str,
+    panels: Mapping[str, Sequence[Curve]],
+    beside: Mapping[str, Sequence[Curve]] | None = None,
+) -> Path | None:
+    """Draw one panel per entry, side by side, into a picture file; None where matplotlib is missing.
+
+    Curves of `beside`, by the same titles, are dashed: those below them can be seen where they coincide.
+    """
     figure = _figure(width=5.0 * len(panels), height=3.6)
     if figure is None:
         return None
@@ -102,6 +110,8 @@ def draw_curves(path: Path, x_label: str, panels: Mapping[str, Sequence[Curve]])
     for axes, (title, curves) in zip(row, panels.items(), strict=True):
         for label, x, y in curves:
             axes.plot(x, y, marker=".", label=label)
+        for label, x, y in (beside or {}).get(title, ()):
+            axes.plot(x, y, linestyle="--", label=label)
         axes.set(title=title, xlabel=x_label)
         axes.grid(alpha=0.3)
         axes.legend()

@@ -7,6 +7,7 @@
     mpirun -n 4 python examples/train_text.py --pipeline 2 --data-parallel 2
     mpirun -n 4 python examples/train_text.py --experts 8 --save run
     mpirun -n 2 python examples/train_text.py --experts 8 --steps 600 --resume run/step-300
+    PJRT_DEVICE=CPU CPU_NUM_DEVICES=2 mpirun -n 2 python examples/train_text.py --xla
 
 The default text are the Python sources of the interpreter's standard library, about 10 MB.
 
@@ -24,6 +25,9 @@ norm of all of them, so it waits for all; ``--clip 0`` leaves the overlap whole.
 ``--experts`` puts mixtures of experts in the place of every second perceptron, see `expert_gpt.py`; the load
 of each expert in each step is drawn into ``expert_load.png``. What ``--save`` writes at each evaluation goes
 on with ``--resume`` on any number of ranks.
+
+``--xla`` trains on the devices of torch-xla that each rank has, see `xla_trainer.py`. ``--compare`` draws the
+curves of another run, such as one without ``--xla``, beside.
 """
 
 from __future__ import annotations
@@ -42,6 +46,8 @@ import hpcpar
 import pipeline_trainer
 import reporting
 import text_corpus
+import xla_trainer
+from compared_run import ComparedRun, read_compared_run
 from gpt import Gpt, GptConfig, generate
 from hpcpar.comm import MPI, Communicator
 from trainer import DataParallelTrainer, Options, Trainer
@@ -100,6 +106,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_expert_options(parser)
     _add_training_options(parser)
     _add_pipeline_options(parser)
+    _add_xla_options(parser)
     add = parser.add_argument
     add("--text", type=Path, metavar="DIR", help="folder with text files; the standard library if not given")
     add("--limit", type=common.positive_int, metavar="N", help="use only the first N bytes of the text")
@@ -110,6 +117,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--resume", type=Path, metavar="DIR", help="go on from such a state, on any number of ranks")
     add("--output", type=Path, default=OUTPUT, metavar="DIR", help="for history and curves")
     add("--plot", action=argparse.BooleanOptionalAction, default=True, help="draw the curves")
+    add("--compare", type=Path, metavar="FILE", help="history.json of another run, to be drawn beside")
     return parser
 
 
@@ -176,6 +184,17 @@ def _add_pipeline_options(parser: argparse.ArgumentParser) -> None:
     add("--trace", type=Path, metavar="FILE", help="write one step for chrome://tracing, and a picture")
 
 
+def _add_xla_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("devices of torch-xla").add_argument
+    add(
+        "--xla",
+        action="store_true",
+        help="train on the devices that each rank has; PJRT_DEVICE=CPU CPU_NUM_DEVICES=2 in the environment "
+        "makes two on any host, PJRT_DEVICE=TPU takes those of a TPU",
+    )
+    add("--accumulate", type=common.positive_int, default=1, metavar="N", help="passes of a device in a step")
+
+
 def read_options(comm: Communicator) -> Options:
     """The command line, checked for what concerns two options at once. **Collective.**"""
     arguments = common.parse_arguments(build_parser(), comm)
@@ -195,7 +214,20 @@ def read_options(comm: Communicator) -> Options:
             pipeline_trainer.check_options(options, comm)
         elif options.trace is not None:
             raise common.UserError("--trace shows the stages of a pipeline; give --pipeline 2 or more")
+        if options.xla:
+            xla_trainer.check_options(options)
+        elif options.accumulate > 1:
+            raise common.UserError("--accumulate is for the devices of --xla")
     return options
+
+
+def make_trainer(net: Gpt, comm: Communicator, options: Options, device: torch.device) -> Trainer:
+    """The way to take steps that was asked for. **Collective.**"""
+    if options.xla:
+        return xla_trainer.XlaTrainer(net, comm, options, device)
+    if options.pipeline > 1:
+        return pipeline_trainer.PipelineTrainer(net, comm, options, device)
+    return DataParallelTrainer(net, comm, options, device)
 
 
 def start(trainer: Trainer, options: Options) -> int:
@@ -209,36 +241,48 @@ def start(trainer: Trainer, options: Options) -> int:
     return first_step
 
 
-def write_results(options: Options, world_size: int, evaluations: list[Evaluation]) -> None:
+def write_results(
+    options: Options, world_size: int, evaluations: list[Evaluation], compared: ComparedRun | None
+) -> None:
     """Write history and curves and print where they are. For rank 0."""
-    history = {
-        "options": asdict(options),
-        "world_size": world_size,
-        "evaluations": [asdict(evaluation) for evaluation in evaluations],
-    }
+    rows = [asdict(evaluation) for evaluation in evaluations]
+    history = {"options": asdict(options), "world_size": world_size, "evaluations": rows}
     print(f"history: {reporting.write_history(options.output, history)}")
-    if not options.plot:
-        return
-    steps = [each.step for each in evaluations]
-    panels = {
-        "loss, nats per byte": [
-            ("training", steps, [each.train_loss for each in evaluations]),
-            ("validation", steps, [each.validation_loss for each in evaluations]),
-        ],
-        "bytes per second": [("training", steps, [each.bytes_per_s for each in evaluations])],
-    }
-    if picture := reporting.draw_curves(options.output / "curves.png", "step", panels):
+    if compared is not None:
+        print(compared.difference(rows))
+    if options.plot and (picture := draw_results(options.output / "curves.png", rows, compared)):
         print(f"curves:  {picture}")
+
+
+def draw_results(path: Path, rows: list[dict[str, float]], compared: ComparedRun | None) -> Path | None:
+    """Draw the curves, with those of another run beside them."""
+    steps = [each["step"] for each in rows]
+    figures = {
+        "loss, nats per byte": [("training", "train_loss"), ("validation", "validation_loss")],
+        "bytes per second": [("training", "bytes_per_s")],
+    }
+    panels = {
+        title: [(label, steps, [each[key] for each in rows]) for label, key in figure]
+        for title, figure in figures.items()
+    }
+    beside = {
+        title: [compared.curve(label, key) for label, key in figure]
+        for title, figure in figures.items()
+        if compared is not None
+    }
+    return reporting.draw_curves(path, "step", panels, beside)
 
 
 def main() -> None:
     """Read, train, report."""
     comm = hpcpar.comm.world()
     options = read_options(comm)
-    corpus = None
+    corpus = compared = None
     with common.user_errors_end_the_job(comm):
-        device = common.choose_device(comm, options.device)
+        device = common.choose_device(comm, "cpu" if options.xla else options.device)
         if comm.rank == 0:
+            if options.compare is not None:
+                compared = read_compared_run(options.compare)
             corpus = text_corpus.read_corpus(options.text, options.limit)
             text_corpus.split_corpus(corpus, options.context)  # long enough? say so before sending it
             reporting.prepare_output(options.output)
@@ -246,8 +290,7 @@ def main() -> None:
 
     torch.manual_seed(options.seed)
     net = Gpt(GptConfig(options.layers, options.width, options.heads, options.context, options.tied_head))
-    make_trainer = pipeline_trainer.PipelineTrainer if options.pipeline > 1 else DataParallelTrainer
-    trainer: Trainer = make_trainer(net.to(device), comm, options, device)
+    trainer = make_trainer(net.to(device), comm, options, device)
     first_step = start(trainer, options)
     if comm.rank == 0:
         parameters = expert_gpt.count_parameters(net)
@@ -256,6 +299,7 @@ def main() -> None:
         )
     evaluations = train(trainer, options, first_step, *parts)
     trainer.gather_into(net)
+    trainer.close()
     text = b""
     if options.sample and (comm.rank == 0 or options.experts):
         # The plain net, not the wrapped one: without experts, sampling is one rank's own affair. With them
@@ -266,7 +310,7 @@ def main() -> None:
         print(f"final validation loss {evaluations[-1].validation_loss:.4f} nats/byte")
         if options.sample:
             print(f"--- sample\n{text.decode(errors='replace')}\n---")
-        write_results(options, comm.size, evaluations)
+        write_results(options, comm.size, evaluations, compared)
         if options.experts:
             layers = trainer.expert_load.layers
             for path in expert_load.write_expert_load(options.output, layers, load, first_step, options.plot):

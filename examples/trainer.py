@@ -1,4 +1,4 @@
-"""Training a GPT on text: what data parallel and pipeline training have in common, and the former.
+"""Training a GPT on text: what the ways to do so have in common, and the first of them, data parallel.
 
 A trainer takes steps, evaluates, and knows how long its ranks waited for each other. The batch of step k is a
 function of seed and k, sliced by ranks or replicas.
@@ -71,6 +71,8 @@ class Options:
     checkpoint: str
     reuse: str
     trace: Path | None
+    xla: bool
+    accumulate: int
     save: Path | None
     resume: Path | None
     eval_every: int
@@ -80,6 +82,7 @@ class Options:
     device: str
     output: Path
     plot: bool
+    compare: Path | None
 
 
 class Trainer(ABC):
@@ -127,6 +130,9 @@ class Trainer(ABC):
     @abstractmethod
     def gather_into(self, net: Gpt) -> None:
         """Give `net` what was trained. **Collective.**"""
+
+    def close(self) -> None:  # noqa: B027
+        """Give back what only training needs: nothing, unless a trainer says so. **Collective.**"""
 
     def run_stretch(
         self, steps: range, text: torch.Tensor, reporter: reporting.Reporter

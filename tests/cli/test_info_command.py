@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import sys
 from dataclasses import replace
 
 import pytest
@@ -80,6 +82,17 @@ def test_description_names_what_matters() -> None:
         "32 MiB free of 64 MiB",
     ):
         assert phrase in text, text
+
+
+def test_torch_xla_is_named_without_being_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    version = importlib.metadata.version
+    monkeypatch.setattr(
+        importlib.metadata, "version", lambda name: "2.9.0" if name == "torch_xla" else version(name)
+    )
+    monkeypatch.setitem(sys.modules, "torch_xla", None)  # so that importing it fails
+    facts = gather_process_facts({})
+    assert facts.versions["torch_xla"] == "2.9.0"
+    assert "torch_xla" not in facts.broken
 
 
 def test_mpi_that_does_not_start_is_said() -> None:
