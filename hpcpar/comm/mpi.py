@@ -15,6 +15,7 @@ library grants it, and finalised by mpi4py at exit. An MPI that the user has sta
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
 from types import ModuleType
@@ -117,10 +118,24 @@ def _start() -> ModuleType:
     else:
         from mpi4py import MPI as library
     if not library.Is_initialized():
+        _check_process(dict(os.environ))
         _check_library(library.Get_library_version())
         library.Init_thread(library.THREAD_MULTIPLE)
     check_launcher(library.COMM_WORLD.Get_size())
     return library
+
+
+def _check_process(env: dict[str, str]) -> None:
+    """A child of a rank has the rank's environment, and would take its place with the launcher."""
+    announced = _announced_size(env)
+    if multiprocessing.parent_process() is None or announced is None:
+        return
+    if env.get("HPCPAR_SKIP_LAUNCHER_CHECK") != "1":
+        raise LauncherError(
+            f"MPI must be used by ranks only, got {multiprocessing.current_process().name!r}, a child that "
+            "one has started by multiprocessing, itself or for a DataLoader. Such a process reads the script "
+            "again: put what only ranks should do under `if __name__ == '__main__':`"
+        )
 
 
 def _check_library(version: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import multiprocessing
+from typing import Any
 
 import pytest
 
@@ -66,3 +68,24 @@ def test_looking_at_the_stand_in_does_not_start_mpi(monkeypatch: pytest.MonkeyPa
     assert not hasattr(stand_in, "__path__")
     with pytest.raises(AssertionError):
         stand_in.SUM  # noqa: B018
+
+
+def use_mpi(answers: Any) -> None:
+    try:
+        _ = mpi.MPI.COMM_WORLD
+    except LauncherError as error:
+        answers.put(str(error))
+    else:
+        answers.put("started")
+
+
+def test_child_of_a_rank_must_not_take_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PMI_SIZE", "2")
+    context = multiprocessing.get_context("spawn")
+    answers = context.Queue()
+    child = context.Process(target=use_mpi, args=(answers,), name="reader")
+    child.start()
+    answer = answers.get(timeout=60)
+    child.join(60)
+    assert "got 'reader', a child that one has started" in answer
+    assert "if __name__ == '__main__'" in answer
