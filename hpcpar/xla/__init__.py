@@ -4,7 +4,8 @@ Needs torch-xla, ``pip install 'hpcpar[xla]'``; without it, importing this packa
 raises an ImportError that says so, and the rest of hpcpar works.
 """
 
+from hpcpar.xla.adapter import local_devices
 from hpcpar.xla.manager import TPUManager
 from hpcpar.xla.stats import ManagerStats
 
-__all__ = ["ManagerStats", "TPUManager"]
+__all__ = ["ManagerStats", "TPUManager", "local_devices"]

@@ -8,14 +8,29 @@ said by :func:`use_device`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
+
+@contextmanager
+def _root_logger_kept() -> Iterator[None]:
+    """torch-xla gives the root logger a handler, which would take hpcpar's records from its own."""
+    root = logging.getLogger()
+    handlers = list(root.handlers)
+    try:
+        yield
+    finally:
+        root.handlers[:] = handlers
+
+
 try:
-    import torch_xla
-    import torch_xla.core.xla_model as xm
-    import torch_xla.debug.metrics as metrics
+    with _root_logger_kept():
+        import torch_xla
+        import torch_xla.core.xla_model as xm
+        import torch_xla.debug.metrics as metrics
 except (ImportError, OSError) as error:  # OSError: a library that does not fit this torch
     raise ImportError(
         "hpcpar.xla must have torch-xla, of the same release as torch, got "
@@ -40,7 +55,8 @@ __all__ = [
 
 def local_devices() -> list[torch.device]:
     """The devices that this process may use. Local. Starts the runtime."""
-    return [torch.device(name) for name in xm.get_xla_supported_devices()]
+    with _root_logger_kept():
+        return [torch.device(name) for name in xm.get_xla_supported_devices()]
 
 
 def use_device(device: torch.device) -> None:

@@ -18,15 +18,19 @@ is. With dropout the result is right in expectation.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, Sampler, default_collate
 
 __all__ = ["Batch", "BatchReader", "Microbatch", "ShortBatch"]
+
+T = TypeVar("T")
 
 ShortBatch = Literal["pad", "drop", "compile"]
 
@@ -68,15 +72,20 @@ class _Collate:
     pads: bool
 
     def __call__(self, samples: list[Any]) -> Batch:
+        return _unended("the collate function", self._batch, samples)
+
+    def _batch(self, samples: list[Any]) -> Batch:
         count, size = len(samples), self.batch_size
         if count == size or not self.pads:
             return Batch(count, (Microbatch(self.collate(samples), float(count)),))
         times, rest = divmod(size, count)
-        first = samples[:1]
-        filled = self.collate(samples * times + first * rest)
-        parts = [Microbatch(filled, size / times)]
+        first = samples[:1] * rest
+        # Copies, made before anything is collated: a collate function may take its samples apart.
+        again = [copy.copy(sample) for sample in samples * (times - 1) + first]
+        alone = [copy.copy(samples[0]) for _ in range(size)] if rest else []
+        parts = [Microbatch(self.collate([*samples, *again]), size / times)]
         if rest:
-            parts.append(Microbatch(self.collate(first * size), -rest / times, updates_buffers=False))
+            parts.append(Microbatch(self.collate(alone), -rest / times, updates_buffers=False))
         return Batch(count, tuple(parts))
 
 
@@ -97,6 +106,8 @@ class BatchReader:
         Processes that read; 0 reads in this one.
     short_batch
         What to do with a last batch of fewer samples.
+    seed
+        Of the processes that read, which differ, and do so in each epoch.
     """
 
     def __init__(
@@ -108,28 +119,37 @@ class BatchReader:
         sampler: Iterable[int] | None = None,
         num_workers: int = 0,
         short_batch: ShortBatch = "pad",
+        seed: Sequence[int] = (0,),
     ) -> None:
+        self.batch_size = batch_size
         self._is_stream = not _is_map(dataset, sampler)
         self._source = dataset
         self._order = sampler if sampler is not None else _InOrder(dataset)
-        self._batch_size = batch_size
         self._collate = _Collate(collate_fn or default_collate, batch_size, short_batch == "pad")
         self._num_workers = num_workers
         self._drops = short_batch == "drop"
+        self._seed = seed
+        self._epochs = 0
 
     def batches(self, skip: int = 0) -> Iterator[Batch]:
         """The batches of an epoch, after the first ``skip`` samples, which a map-style dataset does not read.
 
         An exception of the dataset or of the collate function is raised by ``next()``, and the batch lost.
         """
-        if self._is_stream:
-            dataset: Any = _Stream(self._source, skip)
-            order = None
+        order = None
+        late = 0  # to be left out of what the loader gives
+        if not self._is_stream:
+            dataset: Any = _Samples(self._source)
+            order = _Rest(self._order, skip)
+        elif self._num_workers:  # each process has a part of its own, so nobody but us can count
+            dataset, late = self._source, skip
         else:
-            dataset, order = self._source, _Rest(self._order, skip)
+            dataset = _Stream(self._source, skip)
+        self._epochs += 1
+        seeds = np.random.SeedSequence([*self._seed, self._epochs]).generate_state(1)
         loader: DataLoader[Any] = DataLoader(
             dataset,
-            batch_size=self._batch_size,
+            batch_size=self.batch_size,
             sampler=order,
             collate_fn=self._collate,
             drop_last=self._drops,
@@ -137,15 +157,51 @@ class BatchReader:
             # A process that holds devices, or MPI, cannot be forked.
             multiprocessing_context="spawn" if self._num_workers else None,
             # Of its own, or the loader would draw from the global one.
-            generator=torch.Generator(),
+            generator=torch.Generator().manual_seed(int(seeds[0])),
         )
-        return iter(loader)
+        return _without_first(iter(loader), late)
 
 
 def _is_map(dataset: Any, sampler: Iterable[int] | None) -> bool:
     if isinstance(dataset, IterableDataset):
         return False
     return hasattr(dataset, "__getitem__") and (sampler is not None or hasattr(dataset, "__len__"))
+
+
+def _unended(who: str, function: Callable[[list[Any]], T], argument: list[Any]) -> T:
+    """Call what is no iterator. Its StopIteration would end the epoch in silence."""
+    try:
+        return function(argument)
+    except StopIteration as error:
+        raise RuntimeError(f"{who} must not raise StopIteration, got {error!r}") from error
+
+
+def _without_first(batches: Iterator[Batch], samples: int) -> Iterator[Batch]:
+    """``batches`` without those at the beginning that have so many samples."""
+    while samples > 0:
+        batch = next(batches, None)
+        if batch is None:
+            break
+        samples -= batch.samples
+    return batches
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """A map-style dataset, of which whole batches are asked for."""
+
+    source: Any
+
+    def __getitems__(self, indices: list[Any]) -> Any:
+        return _unended("the dataset", self._read, indices)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.__getitems__([index])[0]
+
+    def _read(self, indices: list[Any]) -> Any:
+        if hasattr(self.source, "__getitems__"):
+            return self.source.__getitems__(indices)
+        return [self.source[index] for index in indices]
 
 
 @dataclass(frozen=True)

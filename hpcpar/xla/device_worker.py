@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import traceback
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 
 from hpcpar.xla import adapter
 from hpcpar.xla.channel import Channel, ChannelClosedError
-from hpcpar.xla.feed import DeviceBatch, Ended, Failed, Feed
+from hpcpar.xla.feed import DeviceBatch, Ended, Failed, Feed, as_exception
 from hpcpar.xla.model_state import ModelState
 from hpcpar.xla.replica import Contribution, Replica
 
@@ -37,6 +38,15 @@ class DeviceWorker:
         Where its batches come from.
     compiling
         Held by a worker while it traces something new; the others then find it compiled.
+
+    Attributes
+    ----------
+    has_ended : bool
+        Whether there is nothing more to come for this device in the epoch.
+    taken : int
+        Samples that it has taken from the epoch.
+    doing : str
+        What it is busy with.
     """
 
     def __init__(self, place: int, device: torch.device, feed: Feed, compiling: threading.Lock) -> None:
@@ -47,7 +57,8 @@ class DeviceWorker:
         self._compiling = compiling
         self._replica: Replica | None = None
         self._has_run = False
-        self._has_ended = False
+        self.has_ended = True
+        self.taken = 0
         self._orders: Channel[tuple[Future[Any], Callable[[], Any]]] = Channel(4)
         self.thread = threading.Thread(target=self._run, name=f"hpcpar {device}", daemon=True)
         self.thread.start()
@@ -75,9 +86,9 @@ class DeviceWorker:
         """Run up to so many batches, fewer at the end of the data, through the replica."""
         return self._order(lambda: self._step(batches))
 
-    def start_epoch(self) -> None:
-        """The feed has been told to begin again; for a worker that is idle."""
-        self._has_ended = False
+    def start_epoch(self, feed: Feed) -> None:
+        """A feed, which may be another one, has been told to begin; for a worker that is idle."""
+        self._feed, self.has_ended, self.taken = feed, False, 0
 
     def close(self) -> None:
         """End the thread when it is through with what it does; what waits to be done is cancelled."""
@@ -119,15 +130,16 @@ class DeviceWorker:
         return used
 
     def _next_batch(self, number: int) -> DeviceBatch | None:
-        if self._has_ended:
+        if self.has_ended:
             return None
         self.doing = f"waiting for batch {number} of a step from the dataset"
         item = self._feed.take(self._place)
+        if isinstance(item, Ended):
+            self.has_ended = True
+            return None
+        self.taken += item.samples
         if isinstance(item, Failed):
             raise item.error
-        if isinstance(item, Ended):
-            self._has_ended = True
-            return None
         return item
 
     def _order(self, work: Callable[[], Any]) -> Future[Any]:
@@ -144,8 +156,10 @@ class DeviceWorker:
                 return
             try:
                 result = work()
-            except BaseException as error:  # goes to whoever asked, whatever it is
-                future.set_exception(error)
+            except BaseException as error:  # goes to whoever asked
+                # Tensors of an unfinished graph would come into the next one, for as long as its frames live.
+                traceback.clear_frames(error.__traceback__)
+                future.set_exception(as_exception(error, "the model"))
             else:
                 future.set_result(result)
             self.doing = "nothing"

@@ -28,7 +28,7 @@ from hpcpar.xla import adapter
 from hpcpar.xla.batches import Batch, BatchReader
 from hpcpar.xla.channel import Channel, ChannelClosedError
 
-__all__ = ["DeviceBatch", "DeviceMicrobatch", "Ended", "Failed", "Feed"]
+__all__ = ["DeviceBatch", "DeviceMicrobatch", "Ended", "Failed", "Feed", "as_exception"]
 
 _ON_DEVICE = 2
 
@@ -57,9 +57,10 @@ class Ended:
 
 @dataclass(frozen=True)
 class Failed:
-    """In the place of a batch: what was raised instead."""
+    """In the place of a batch: what was raised instead, and how many samples are lost with it."""
 
     error: Exception
+    samples: int = 0
 
 
 class Feed:
@@ -92,7 +93,7 @@ class Feed:
         ]
 
     def start_epoch(self, skip: int = 0) -> None:
-        """Begin to read, when the epoch before has ended; the first samples may be left out."""
+        """Begin to read, when the epoch before has ended, after the first ``skip`` samples."""
         self._epochs.put(skip)
         for thread in self._threads:
             if thread.ident is None:
@@ -136,16 +137,17 @@ class Feed:
     def _read_epoch(self, skip: int) -> Iterator[Batch | Failed]:
         try:
             batches = self._reader.batches(skip)
-        except Exception as error:
-            yield Failed(error)
+        except BaseException as error:
+            yield Failed(as_exception(error, "the dataset"))
             return
         while True:
             try:
-                yield next(batches)
+                item: Batch | Failed = next(batches)
             except StopIteration:
                 return
-            except Exception as error:
-                yield Failed(error)
+            except BaseException as error:
+                item = Failed(as_exception(error, "the dataset"), self._reader.batch_size)
+            yield item
 
     def _keep_uploading(self) -> None:
         turn = 0
@@ -165,7 +167,16 @@ class Feed:
         try:
             return upload_batch(item, self._devices[turn], self._dtype)
         except Exception as error:
-            return Failed(error)
+            return Failed(error, item.samples)
+
+
+def as_exception(error: BaseException, who: str) -> Exception:
+    """An error that can be handed to another thread: ``SystemExit`` and its like are meant for their own."""
+    if isinstance(error, Exception):
+        return error
+    wrapped = RuntimeError(f"{who} must not end a thread of its manager, got {error!r}")
+    wrapped.__cause__ = error
+    return wrapped
 
 
 def upload_batch(batch: Batch, device: torch.device, dtype: torch.dtype) -> DeviceBatch:

@@ -22,25 +22,27 @@ one is an error on all, in the same step, and the end of the data is where the l
 
 from __future__ import annotations
 
+import functools
+import logging
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import nn
 
 from hpcpar.comm import agree, broadcast_packed, check_alike
-from hpcpar.errors import DatasetEndedError, HpcparError, RankFailedError, StalledError
+from hpcpar.errors import DatasetEndedError, HpcparError, StalledError
 from hpcpar.xla.batches import BatchReader, ShortBatch
 from hpcpar.xla.feed import Feed
 from hpcpar.xla.gradients import HostGradients
-from hpcpar.xla.model_state import ModelState
+from hpcpar.xla.model_state import ModelState, Snapshot
 from hpcpar.xla.options import ManagerOptions, choose_devices
 from hpcpar.xla.position import Position
 from hpcpar.xla.replica import Contribution
+from hpcpar.xla.shared_failure import share_failure
 from hpcpar.xla.stats import ManagerStats, Tally
 from hpcpar.xla.step_sums import StepSums, StepTotals
 from hpcpar.xla.workers import Workers
@@ -50,7 +52,11 @@ if TYPE_CHECKING:
 
 __all__ = ["TPUManager"]
 
+_log = logging.getLogger(__name__)
+
 _SUBJECT = "a TPUManager"
+_CLOSING_S = 10.0  # for threads that are in the middle of something
+_SHORT_CLOSING_S = 1.0
 
 
 class TPUManager:
@@ -90,7 +96,7 @@ class TPUManager:
         takes off again what that added; ``"drop"`` leaves it out; ``"compile"`` compiles a graph for it.
     bucket_mb
         Size of the pieces, in MiB, in which gradients are summed on the host.
-    wire_dtype, transport
+    transport
         As in :class:`hpcpar.comm.Reducer`.
 
     Attributes
@@ -109,12 +115,14 @@ class TPUManager:
 
     Notes
     -----
-    Collective over ``comm`` to make, to ``step()`` and to ``shutdown()``; everything else is local.
+    Collective over ``comm`` are making one, ``step()``, ``epoch()``, ``state_dict()`` and ``shutdown()``; the
+    rest is local.
 
     ``step()`` leaves the gradient in ``.grad`` of the host model, so any optimizer over its parameters can
-    follow. It adds to what is there, as ``backward()`` does. Parameters that have changed go to the devices
-    at the beginning of the next step, in one transfer per device; changes that torch does not count (by a
-    kernel of one's own, or another process) need :meth:`update_model_parameters`.
+    follow. It adds to what is there, as ``backward()`` does. What has changed of the model, its modes of
+    training and evaluation included, goes to the devices at the beginning of the next step, in one transfer
+    per device. Changes that torch does not count, as those through ``.data`` or numpy, need
+    :meth:`update_model_parameters`. Which parameters there are, and which are trained, must stay.
 
     Persistent buffers of numbers, such as running means, come back with the gradients: the host's are the
     mean over the devices, weighted by samples, of what each has made of them.
@@ -144,7 +152,6 @@ class TPUManager:
         num_workers: int = 0,
         short_batch: ShortBatch = "pad",
         bucket_mb: float = 25.0,
-        wire_dtype: torch.dtype | None = None,
         transport: str = "auto",
     ) -> None:
         def look() -> tuple[ManagerOptions, ModelState, list[torch.device]]:
@@ -166,7 +173,8 @@ class TPUManager:
         self._options, self._state, self.devices = look() if comm is None else agree([comm], _SUBJECT, look)
         self._comm = None if comm is None else comm.Dup()
         if self._comm is not None:
-            check_alike(self._comm, f"the model of {_SUBJECT}", self._state.describe())
+            lines = [f"bucket_mb={bucket_mb} transport={transport}", *self._state.describe()]
+            check_alike(self._comm, _SUBJECT, lines)
             broadcast_packed([*model.parameters(), *model.buffers()], self._comm, 0)
         trainable = [self._state.parameters[index] for index in self._state.trainable]
         self._gradients = HostGradients(trainable, self._state.dtype)
@@ -176,12 +184,13 @@ class TPUManager:
             sum(buffer.numel() for buffer in self._state.tracked),
             self._state.dtype,
             bucket_bytes=int(bucket_mb * 2**20),
-            wire_dtype=wire_dtype,
             transport=transport,
         )
         self._position = Position(self._comm, sampler)
-        self._is_reading = self._end_was_told = self._is_shut_down = self._is_stale = False
+        self._on_devices: Snapshot | None = None
+        self._is_reading = self._end_was_told = self._is_shut_down = False
         self._why_unusable = ""
+        self._shared_error: Exception | None = None  # raised last, on all ranks together
         self._tally = Tally(self._where)
         self._start_workers()
 
@@ -214,24 +223,25 @@ class TPUManager:
                 "TPUManager.step() must have samples, got the end of the dataset, of which the last call has "
                 "told by (0.0, 0). epoch() begins again"
             )
-        with self._unusable_if_left():
-            contributions, error = self._run_devices()
-            start = time.perf_counter()
-            totals = self._sums.add_up(contributions, failed=error is not None)
-        self._position.take(self._count_taken(contributions, error))
-        if totals.failed:
-            self._fail_together(error)
-        loss = self._apply(totals)
-        self._tally.reducing_s += time.perf_counter() - start
-        return loss, totals.samples
+        try:
+            return self._step()
+        except BaseException as error:
+            # Ctrl-C, or ranks that did not come: the others are anywhere by now, and nothing may follow.
+            if error is not self._shared_error:
+                self._why_unusable = f"{type(error).__name__} in step()"
+                self._sums.give_up()
+            raise
 
     def epoch(self) -> Iterator[tuple[float, int]]:
         """Steps until the data of all ranks has ended; yields what :meth:`step` returns. Collective.
 
-        Call it again for the next epoch, which reads the dataset, or the sampler, from its beginning.
+        Each call reads the dataset, or the sampler, from its beginning; the first one after
+        :meth:`load_state_dict` goes on from there. What a loop has left over when it was left is dropped. To
+        go on after a failed step, call :meth:`step`.
         """
-        if self._end_was_told:
-            self._end_was_told = False
+        self._end_was_told = False
+        if self._is_reading:
+            self._is_reading = False
             self._position.start_epoch()
         while True:
             loss, samples = self.step()
@@ -271,7 +281,7 @@ class TPUManager:
             self._state.assign_named(new)
         else:
             self._state.assign(list(new))
-        self._is_stale = True
+        self._on_devices = None
 
     def state_dict(self) -> dict[str, Any]:
         """Where the training is: to continue it, save this beside the model and the optimizer. Collective.
@@ -299,6 +309,7 @@ class TPUManager:
         if self._is_reading:
             raise HpcparError("load_state_dict() must come before the first step of an epoch, got it later")
         states = self._position.load_state_dict(state)
+        self._end_was_told = False
         if states is None or len(states) != len(self.devices):
             states = self._seeds()
         self._workers.set_random_states(states)
@@ -312,10 +323,11 @@ class TPUManager:
 
         After Ctrl-C or a deadline it waits for nobody.
         """
-        self._close_workers()
         if self._is_shut_down:
             return
         self._is_shut_down = True
+        self._finalizer.detach()
+        self._workers.close(_SHORT_CLOSING_S if self._why_unusable else _CLOSING_S)
         if self._why_unusable:
             return  # other ranks may never come to free theirs
         self._sums.free()
@@ -328,7 +340,7 @@ class TPUManager:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None and not self._why_unusable:
+        if error is not None and error is not self._shared_error and not self._why_unusable:
             self._why_unusable = f"{type(error).__name__} in its with statement"
         self.shutdown()
 
@@ -343,14 +355,15 @@ class TPUManager:
             sampler=options.sampler,
             num_workers=options.num_workers,
             short_batch=options.short_batch,
+            seed=(options.seed_base, self._position.rank),
         )
-        feed = Feed(reader, self.devices, options.prefetch, self._state.dtype)
-        self._workers = Workers(self.devices, feed, self._where)
-        # A manager that is forgotten ends its threads, too; calling it does so now.
-        self._close_workers = weakref.finalize(self, self._workers.close)
+        make_feed = functools.partial(Feed, reader, self.devices, options.prefetch, self._state.dtype)
+        self._workers = Workers(self.devices, make_feed, self._where)
+        # A manager that is forgotten ends its threads, too.
+        self._finalizer = weakref.finalize(self, self._workers.close, _SHORT_CLOSING_S)
         counts = [len(self.devices)] if comm is None else comm.allgather(len(self.devices))
         self._first_device = sum(counts[: self._position.rank])
-        self._versions_on_devices = self._state.versions
+        self._on_devices = self._state.snapshot()
 
         def build() -> None:
             self._workers.build(self._state, self._seeds())
@@ -376,60 +389,48 @@ class TPUManager:
         if self._why_unusable:
             raise HpcparError(f"a TPUManager must be made anew after a failure, got {self._why_unusable}")
 
-    @contextmanager
-    def _unusable_if_left(self) -> Iterator[None]:
-        """Ctrl-C, or ranks that do not come: the others are anywhere by then, so nothing may follow."""
+    def _step(self) -> tuple[float, int]:
+        contributions, error = self._run_devices()
+        if isinstance(error, StalledError):
+            _log.error("%s", error)  # at once: the others may be late, or gone
+        start = time.perf_counter()
         try:
-            yield
-        except BaseException as error:
-            self._why_unusable = f"{type(error).__name__} in step()"
-            self._sums.give_up()
-            raise
+            totals = self._sums.add_up(contributions, failed=error is not None)
+        except StalledError as late:
+            if error is None:
+                raise
+            raise error from late  # nobody came to hear of it
+        self._position.go_to(self._workers.taken)
+        if totals.failed:
+            self._shared_error, is_final = share_failure(self._comm, error, self._where)
+            self._on_devices = None  # what the step has done to buffers there is undone
+            if is_final:
+                self._why_unusable = "a deadline in step()"
+            raise self._shared_error
+        loss = self._apply(totals)
+        self._tally.reducing_s += time.perf_counter() - start
+        return loss, totals.samples
 
     def _run_devices(self) -> tuple[list[Contribution], Exception | None]:
         """What this rank does alone; an error is the second of what is returned, for ranks to share."""
         try:
+            self._state.check_kept()
             if not self._is_reading:
-                self._start_reading()
-            versions = self._state.versions
-            if self._is_stale or versions != self._versions_on_devices:
+                self._workers.start_epoch(self._position.skipped)
+                self._is_reading = True
+            now = self._state.snapshot()
+            if self._on_devices is None or not now.is_like(self._on_devices):
                 self._workers.load(self._state)
-                self._versions_on_devices, self._is_stale = versions, False
+                self._on_devices = now
             return self._workers.step(self._options.grad_accumulation_steps), None
         except Exception as error:
             return [], error
-
-    def _start_reading(self) -> None:
-        self._workers.start_epoch(self._position.skipped)
-        self._is_reading = True
-
-    def _count_taken(self, contributions: list[Contribution], error: Exception | None) -> int:
-        """Samples that are gone from the dataset with this step."""
-        if error is None:
-            return sum(each.samples for each in contributions)
-        options = self._options
-        return options.batch_size_per_device * options.grad_accumulation_steps * len(self.devices)
-
-    def _fail_together(self, error: Exception | None) -> NoReturn:
-        """Raise this rank's error, or name the ranks that had one. Collective."""
-        text = None if error is None else f"{type(error).__name__}: {error}"
-        own = (text, isinstance(error, StalledError))
-        everyone = [own] if self._comm is None else self._comm.allgather(own)
-        if any(is_stuck for _, is_stuck in everyone):
-            self._why_unusable = "a deadline in step()"
-        if error is not None:
-            raise error
-        failed = [rank for rank, (text, _) in enumerate(everyone) if text is not None]
-        raise RankFailedError(
-            failed,
-            f"TPUManager.step() must succeed on all ranks, got on rank {failed[0]} of {self._position.size}: "
-            f"{everyone[failed[0]][0]} ({self._where})",
-        )
 
     def _apply(self, totals: StepTotals) -> float:
         """Take the sums into the gradients and buffers; returns the mean loss."""
         if not totals.samples:
             self._is_reading, self._end_was_told = False, True
+            self._position.start_epoch()
             return 0.0
         self._gradients.add(self._sums.gradients, totals.samples, totals.used)
         self._state.change_tracked(self._sums.buffer_changes / totals.samples)

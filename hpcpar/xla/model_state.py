@@ -1,19 +1,28 @@
 """What of a model takes part: its parameters and buffers in a fixed order, each once, however often tied.
 
 Buffers that a checkpoint has (persistent ones), of numbers, are *tracked*: what the devices do to them comes
-back with the gradients. Masks and tables should be registered with ``persistent=False``: they would come back
-too, as changes of zero.
+back with the gradients. Tables should be registered with ``persistent=False``: they would come back too, as
+changes of zero. Other buffers, such as masks, only go to the devices.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
-__all__ = ["BufferPlace", "ModelState", "persistent_buffers"]
+from hpcpar.errors import HpcparError
+
+__all__ = ["BufferPlace", "ModelState", "Snapshot", "all_buffers", "is_tracked"]
+
+_COMMUNICATING = (
+    "hpcpar.nn.",
+    "torch.nn.parallel.",
+)  # modules that do what a manager does, or need all ranks
 
 
 @dataclass(frozen=True)
@@ -32,6 +41,22 @@ class BufferPlace:
     def set(self, tensor: torch.Tensor) -> None:
         """Put in another tensor."""
         self.owner._buffers[self.key] = tensor
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What is seen of a model without its values: which tensors it has, how often they were written to."""
+
+    tensors: tuple[torch.Tensor, ...]
+    marks: tuple[tuple[int, int], ...]
+    modes: tuple[bool, ...]
+
+    def is_like(self, other: Snapshot) -> bool:
+        """Whether nothing was seen to change in between."""
+        is_same = len(self.tensors) == len(other.tensors) and all(
+            map(operator.is_, self.tensors, other.tensors)
+        )
+        return is_same and self.marks == other.marks and self.modes == other.modes
 
 
 class ModelState:
@@ -53,16 +78,29 @@ class ModelState:
 
     Raises
     ------
+    TypeError
+        When it is no module, or one that communicates itself.
     ValueError
         When the model is not on the host, has nothing to train, or has parameters that are no real numbers.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        for name, module in model.named_modules():
+            if type(module).__module__.startswith(_COMMUNICATING):
+                raise TypeError(
+                    f"the model must not communicate itself, got {type(module).__name__} "
+                    f"({name or 'outermost'}); give the plain module, and comm= to the manager"
+                )
         self.model = model
         self.parameters = list(model.parameters())
-        self.trainable = [i for i, parameter in enumerate(self.parameters) if parameter.requires_grad]
+        self._requires_grad = [parameter.requires_grad for parameter in self.parameters]
+        self.trainable = [i for i, wanted in enumerate(self._requires_grad) if wanted]
         self._names = [name for name, _ in model.named_parameters()]
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if is_lazy(tensor):
+                raise ValueError(f"the model must have been called once, got {name} without a shape")
             if tensor.device.type != "cpu":
                 raise ValueError(f"the model must be on the host, got {name} on {tensor.device}")
             if tensor.layout is not torch.strided:
@@ -77,14 +115,47 @@ class ModelState:
         self.dtype = torch.float64 if torch.float64 in dtypes else torch.float32
 
     @property
-    def tracked(self) -> list[torch.Tensor]:
-        """The buffers that change with training, as they are now."""
-        return [places[0].get() for places in persistent_buffers(self.model)]
+    def buffers(self) -> list[torch.Tensor]:
+        """All of them, as they are now: a forward or the user may have put in others."""
+        return [places[0].get() for places in all_buffers(self.model)]
 
     @property
-    def versions(self) -> tuple[tuple[int, int], ...]:
-        """Differs when a tensor was replaced, or written to by an operation that torch counts."""
-        return tuple((id(tensor), tensor._version) for tensor in [*self.parameters, *self.tracked])
+    def tracked(self) -> list[torch.Tensor]:
+        """Those that change with training."""
+        return [places[0].get() for places in all_buffers(self.model) if is_tracked(places)]
+
+    @property
+    def modes(self) -> tuple[bool, ...]:
+        """Of each module, whether it is in training mode."""
+        return tuple(module.training for module in self.model.modules())
+
+    def snapshot(self) -> Snapshot:
+        """What there is now. Changes through ``.data``, or by what is not torch, do not show."""
+        tensors = (*self.parameters, *self.buffers)
+        marks = tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
+        return Snapshot(tensors, marks, self.modes)
+
+    def check_kept(self) -> None:
+        """Make sure that the parameters are those of the beginning.
+
+        Raises
+        ------
+        HpcparError
+            When one was replaced, added, frozen or unfrozen.
+        """
+        now = list(self.model.parameters())
+        is_same = len(now) == len(self.parameters) and all(map(operator.is_, now, self.parameters))
+        if not is_same:
+            raise HpcparError(
+                "the model of a TPUManager must keep its parameters, got others than when it was made; copy "
+                "new values into them, or make a new manager"
+            )
+        frozen = [p.requires_grad for p in now] != self._requires_grad
+        if frozen:
+            raise HpcparError(
+                "the model of a TPUManager must keep requires_grad of its parameters, got it changed; make a "
+                "new manager"
+            )
 
     def describe(self) -> list[str]:
         """A line for each parameter and buffer, which must be the same on all ranks."""
@@ -106,10 +177,21 @@ class ModelState:
             raise ValueError(
                 f"new parameters must be as many as the model's {len(self.parameters)}, got {len(new)}"
             )
+        for tensor in new:
+            if not isinstance(tensor, torch.Tensor):
+                raise TypeError(f"new parameters must be tensors, got {type(tensor).__name__}")
         for name, old, tensor in zip(self._names, self.parameters, new, strict=True):
             _check_shape(name, old, tensor)
+        # One that is a view of what will be written to must be read before.
+        own = {parameter.untyped_storage().data_ptr() for parameter in self.parameters}
+        values = [
+            each.detach().clone()
+            if each is not old and each.device.type == "cpu" and each.untyped_storage().data_ptr() in own
+            else each
+            for each, old in zip(new, self.parameters, strict=True)
+        ]
         with torch.no_grad():
-            for old, tensor in zip(self.parameters, new, strict=True):
+            for old, tensor in zip(self.parameters, values, strict=True):
                 if tensor is not old:
                     old.copy_(tensor)
 
@@ -147,17 +229,18 @@ def _check_shape(name: str, old: torch.Tensor, new: torch.Tensor) -> None:
         )
 
 
-def persistent_buffers(model: nn.Module) -> list[list[BufferPlace]]:
-    """Where the buffers of numbers are that ``state_dict()`` has; each with all places where it is tied."""
+def all_buffers(model: nn.Module) -> list[list[BufferPlace]]:
+    """Where the buffers are; each with all places where it is tied."""
     found: dict[int, list[BufferPlace]] = {}
-    for owner, key, tensor in _registered(model):
-        if key not in owner._non_persistent_buffers_set and tensor.dtype is not torch.bool:
-            found.setdefault(id(tensor), []).append(BufferPlace(owner, key))
+    for owner in model.modules():
+        for key, tensor in owner._buffers.items():
+            if tensor is not None:
+                found.setdefault(id(tensor), []).append(BufferPlace(owner, key))
     return list(found.values())
 
 
-def _registered(model: nn.Module) -> Iterator[tuple[nn.Module, str, torch.Tensor]]:
-    for module in model.modules():
-        for key, tensor in module._buffers.items():
-            if tensor is not None and not tensor.is_complex():
-                yield module, key, tensor
+def is_tracked(places: Sequence[BufferPlace]) -> bool:
+    """Whether changes of this buffer come back from the devices."""
+    tensor = places[0].get()
+    is_persistent = any(place.key not in place.owner._non_persistent_buffers_set for place in places)
+    return is_persistent and tensor.dtype is not torch.bool and not tensor.is_complex()

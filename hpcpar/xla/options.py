@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from hpcpar.xla import adapter
 from hpcpar.xla.batches import ShortBatch
@@ -56,8 +57,14 @@ class ManagerOptions:
             raise TypeError("a sampler must come with a map-style dataset, got one without indices")
         if self.short_batch not in get_args(ShortBatch):
             raise ValueError(f"short_batch must be one of {get_args(ShortBatch)}, got {self.short_batch!r}")
-        if not self.bucket_mb > 0:
-            raise ValueError(f"bucket_mb must be above 0, got {self.bucket_mb}")
+        if not 0 < self.bucket_mb < math.inf:
+            raise ValueError(f"bucket_mb must be a number above 0, got {self.bucket_mb}")
+        is_plain = hasattr(self.dataset, "__iter__") and not isinstance(self.dataset, IterableDataset)
+        if self.num_workers and is_plain and not hasattr(self.dataset, "__getitem__"):
+            raise TypeError(
+                "with num_workers, dataset must be map-style or an IterableDataset that shares its samples "
+                f"among workers, got {type(self.dataset).__name__}, of which each would read all"
+            )
 
     def _check_whole(self, name: str, smallest: int) -> None:
         value = getattr(self, name)

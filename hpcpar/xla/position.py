@@ -41,6 +41,7 @@ class Position:
         self._sampler = sampler
         self.steps = self.samples = self.skipped = 0
         self._taken = 0
+        self._is_between_epochs = False
 
     @property
     def rank(self) -> int:
@@ -52,13 +53,14 @@ class Position:
         """Number of ranks. Local."""
         return 1 if self._comm is None else self._comm.size
 
-    def take(self, samples: int) -> None:
-        """So many more samples of this rank are gone from the epoch. Local."""
-        self._taken += samples
+    def go_to(self, taken: int) -> None:
+        """So many samples of this rank are gone from the epoch, besides those that were skipped. Local."""
+        self._taken, self._is_between_epochs = taken, False
 
     def start_epoch(self) -> None:
-        """The dataset, or the sampler, begins again. Local."""
+        """The dataset, or the sampler, begins again with the next step. Local."""
         self.skipped = self._taken = 0
+        self._is_between_epochs = True
 
     def state_dict(self, random_states: list[int]) -> dict[str, Any]:
         """What :meth:`load_state_dict` needs; the same on all ranks. Collective.
@@ -71,12 +73,15 @@ class Position:
         own = (self.skipped + self._taken, [hex(state) for state in random_states])  # 64 bits without a sign
         everyone = [own] if self._comm is None else self._comm.allgather(own)
         gather_state = getattr(self._sampler, "gather_state", None)
+        # Between two epochs the sampler knows best: it may have been told of the next one.
+        taken_of_sampler = None if self._is_between_epochs else self._taken
         return {
             "steps": self.steps,
             "samples": self.samples,
             "taken": [taken for taken, _ in everyone],
             "random_states": [states for _, states in everyone],
-            "sampler": None if gather_state is None else gather_state(self._taken),
+            "sampler": None if gather_state is None else gather_state(taken_of_sampler),
+            "is_between_epochs": self._is_between_epochs,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> list[int] | None:
@@ -97,6 +102,8 @@ class Position:
         load_sampler = getattr(self._sampler, "load_state_dict", None)
         if state["sampler"] is not None and load_sampler is not None:
             load_sampler(state["sampler"])
+            if state["is_between_epochs"]:
+                _leave_end(self._sampler)
             skipped = 0
         elif any(taken) and not is_same_size:
             raise ValueError(
@@ -105,8 +112,17 @@ class Position:
             )
         else:
             skipped = taken[self.rank] if is_same_size else 0
-        self.skipped, self._taken = skipped, 0
+        self.skipped, self._taken, self._is_between_epochs = skipped, 0, bool(state["is_between_epochs"])
         self.steps, self.samples = int(state["steps"]), int(state["samples"])
         if not is_same_size:
             return None
         return [int(text, 16) for text in state["random_states"][self.rank]]
+
+
+def _leave_end(sampler: Any) -> None:
+    """Let a sampler whose epoch is over begin with a new one, as the next iteration of any sampler does.
+
+    It does so once it has been iterated over to its end; here there is nothing left to iterate over.
+    """
+    if len(sampler) == 0:
+        next(iter(sampler), None)

@@ -25,7 +25,7 @@ from torch import nn
 
 from hpcpar.xla import adapter
 from hpcpar.xla.feed import DeviceMicrobatch
-from hpcpar.xla.model_state import BufferPlace, ModelState, persistent_buffers
+from hpcpar.xla.model_state import BufferPlace, ModelState, all_buffers, is_tracked
 
 __all__ = ["Contribution", "Replica"]
 
@@ -56,7 +56,7 @@ class Replica:
     Parameters
     ----------
     state
-        The model on the host. The copy is in the mode, training or evaluation, that this is in.
+        The model on the host.
     device
         Where to compute.
     """
@@ -64,7 +64,7 @@ class Replica:
     def __init__(self, state: ModelState, device: torch.device) -> None:
         self.device = device
         self._dtype = state.dtype
-        originals = [*state.parameters, *_unique_buffers(state.model)]
+        originals = [*state.parameters, *state.buffers]
         copies = adapter.upload(originals, device)
         memo: dict[int, Any] = {}
         self._parameters: list[nn.Parameter] = []
@@ -76,7 +76,8 @@ class Replica:
         # deepcopy() takes what is in the memo for copied, so it copies modules and leaves ties as they are.
         self.model = copy.deepcopy(state.model, memo)
         self._trainable = [self._parameters[index] for index in state.trainable]
-        self._tracked = persistent_buffers(self.model)
+        self._buffers = all_buffers(self.model)
+        self._tracked = [places for places in self._buffers if is_tracked(places)]
         numel = sum(parameter.numel() for parameter in self._trainable)
         self._summed = numel + 1
         changes = sum(places[0].get().numel() for places in self._tracked)
@@ -86,15 +87,17 @@ class Replica:
         self._bases = adapter.upload(state.tracked, device)
 
     def load(self, state: ModelState) -> None:
-        """Copy parameters and tracked buffers from the host, in one transfer."""
-        tracked = state.tracked
-        copies = adapter.upload([*state.parameters, *tracked, *tracked], self.device)
-        split = len(state.parameters)
-        for parameter, tensor in zip(self._parameters, copies[:split], strict=True):
+        """Copy parameters and buffers from the host, in one transfer, and take over its modes."""
+        tensors = [*state.parameters, *state.buffers, *state.tracked]
+        copies = iter(adapter.upload(tensors, self.device))
+        # Each zip() takes as many copies as its first argument has, and the next goes on behind them.
+        for parameter, tensor in zip(self._parameters, copies, strict=False):
             parameter.data = tensor
-        for places, tensor in zip(self._tracked, copies[split : split + len(tracked)], strict=True):
+        for places, tensor in zip(self._buffers, copies, strict=False):
             _set_all(places, tensor)
-        self._bases = copies[split + len(tracked) :]
+        self._bases = list(copies)
+        for module, is_training in zip(self.model.modules(), state.modes, strict=True):
+            module.training = is_training
 
     def add(self, microbatch: DeviceMicrobatch, *, is_first: bool) -> frozenset[int]:
         """Trace and start one pass. Does not wait for the device.
@@ -112,7 +115,10 @@ class Replica:
         old_buffers = [places[0].get().clone() for places in self._tracked]
         try:
             loss = find_loss(call(self.model, microbatch.data))
-            loss.backward()  # type: ignore[no-untyped-call]
+            # In this thread: those of autograd know the devices of the time of the process's first backward()
+            # only, and this one may have run before anybody asked for an XLA device.
+            with torch.autograd.set_multithreading_enabled(False):
+                loss.backward()  # type: ignore[no-untyped-call]
             used = frozenset(i for i, each in enumerate(self._trainable) if each.grad is not None)
             with torch.no_grad():
                 self._sum(loss, microbatch, keep=not is_first, old_buffers=old_buffers)
@@ -187,10 +193,6 @@ def find_loss(output: Any) -> torch.Tensor:
             "the model's loss must depend on parameters that require a gradient, got one without"
         )
     return loss.reshape(())
-
-
-def _unique_buffers(model: nn.Module) -> list[torch.Tensor]:
-    return list(model.buffers())
 
 
 def _set_all(places: list[BufferPlace], tensor: torch.Tensor) -> None:

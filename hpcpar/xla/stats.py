@@ -62,12 +62,14 @@ class Tally:
         self._where = where
         self._before = _transfers()
         self._graphs = adapter.compilations()
+        self._looks = 0
         self.reducing_s = 0.0
 
     def look_for_new_graphs(self, steps: int) -> None:
-        """Warn if the step of this number has compiled something, and is none of the first."""
+        """Warn if the step of this number has compiled something, and is none of the first of this job."""
         graphs = adapter.compilations()
-        if steps > _WARM_UP and graphs > self._graphs:
+        self._looks += 1
+        if self._looks > _WARM_UP and graphs > self._graphs:
             _log.warning(
                 "step %d compiled %d new graph(s): batches whose shapes change, or a model that computes "
                 "something else each time, cost a compilation each (%s)",

@@ -68,7 +68,7 @@ class StepSums:
         Of the sums.
     bucket_bytes
         Of a piece.
-    wire_dtype, transport
+    transport
         As in :class:`hpcpar.comm.Reducer`.
     """
 
@@ -80,7 +80,6 @@ class StepSums:
         dtype: torch.dtype,
         *,
         bucket_bytes: int,
-        wire_dtype: torch.dtype | None,
         transport: str,
     ) -> None:
         self._gradient_numel = sum(sizes)
@@ -99,7 +98,6 @@ class StepSums:
                 comm,
                 [BucketLayout(dtype, numel) for numel in numels],
                 transport=transport,
-                wire_dtype=wire_dtype,
                 name="TPUManager.step()",
             )
             self._flats = self._reducer.flats
@@ -147,7 +145,8 @@ class StepSums:
     @property
     def buffer_changes(self) -> torch.Tensor:
         """The sums of changes times samples, flat."""
-        return self._flats[-1] if self._pieces[-1][0] > self._gradient_numel else self._flats[0][:0]
+        has_buffers = bool(self._pieces) and self._pieces[-1][0] > self._gradient_numel
+        return self._flats[-1] if has_buffers else self._flats[0][:0]
 
     def give_up(self) -> None:
         """Leave what is under way, since this rank goes. Local; nothing may follow."""

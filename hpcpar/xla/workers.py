@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, wait
 from typing import TypeVar
 
@@ -30,7 +30,6 @@ T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 _LOOK_S = 0.02  # between two looks at the clock; a result is noticed at once
-_CLOSING_S = 10.0
 
 
 class Workers:
@@ -40,17 +39,20 @@ class Workers:
     ----------
     devices
         One worker each.
-    feed
-        Where batches come from; closed with the workers.
+    make_feed
+        Makes what batches come from; a new one for an epoch that begins before the last one has ended.
     where
         Place of this rank, for errors.
     """
 
-    def __init__(self, devices: Sequence[torch.device], feed: Feed, where: str) -> None:
+    def __init__(self, devices: Sequence[torch.device], make_feed: Callable[[], Feed], where: str) -> None:
         compiling = threading.Lock()
-        self._feed = feed
+        self._make_feed = make_feed
+        self._feed = make_feed()
         self._where = where
-        self._all = [DeviceWorker(place, device, feed, compiling) for place, device in enumerate(devices)]
+        self._all = [
+            DeviceWorker(place, device, self._feed, compiling) for place, device in enumerate(devices)
+        ]
         self.waited_s = 0.0
 
     def build(self, state: ModelState, random_states: Sequence[int]) -> None:
@@ -70,10 +72,25 @@ class Workers:
         self._result([worker.load(state) for worker in self._all])
 
     def start_epoch(self, skip: int) -> None:
-        """Begin to read the dataset, after so many samples; the epoch before must have ended."""
-        for worker in self._all:
-            worker.start_epoch()
+        """Begin to read the dataset, after so many samples. What is left of an epoch under way is dropped.
+
+        Raises
+        ------
+        StalledError
+            At the deadline, when the dataset has not returned by then.
+        """
+        if not all(worker.has_ended for worker in self._all):
+            self._feed.close()
+            self._wait_for_readers()
+            self._feed = self._make_feed()
         self._feed.start_epoch(skip)
+        for worker in self._all:
+            worker.start_epoch(self._feed)
+
+    @property
+    def taken(self) -> int:
+        """Samples that are gone from the epoch, those of failed steps included."""
+        return sum(worker.taken for worker in self._all)
 
     def step(self, batches: int) -> list[Contribution]:
         """Run up to so many batches on every device. Raises as :meth:`build`, when all are through."""
@@ -92,13 +109,15 @@ class Workers:
         for worker, state in zip(self._all, states, strict=True):
             adapter.set_random_state(worker.device, state)
 
-    def close(self, *, patience_s: float = _CLOSING_S) -> None:
+    def close(self, patience_s: float) -> None:
         """End all threads; one that is stuck is left behind, with a warning. A second call is fine."""
         self._feed.close()
         for worker in self._all:
             worker.close()
         deadline = time.monotonic() + patience_s
         threads = [*self._feed.threads, *(worker.thread for worker in self._all)]
+        # A manager that is forgotten is closed wherever Python happens to notice, even in one of them.
+        threads = [thread for thread in threads if thread is not threading.current_thread()]
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
         stuck = [thread.name for thread in threads if thread.is_alive()]
@@ -114,15 +133,26 @@ class Workers:
                 raise self._stalled(pending, futures, limit_s)
         return [future.result() for future in futures]
 
+    def _wait_for_readers(self) -> None:
+        start, limit_s = time.monotonic(), timeout_from_environment()
+        while busy := [thread for thread in self._feed.threads if thread.is_alive()]:
+            busy[0].join(_LOOK_S)
+            ENGINE.advance()
+            if time.monotonic() - start >= limit_s:
+                raise self._late("the dataset of", f"{busy[0].name} busy", limit_s)
+
     def _stalled(self, pending: set[Future[T]], futures: list[Future[T]], limit_s: float) -> StalledError:
         busy = [
             f"{worker.device} is {worker.doing}"
             for worker, future in zip(self._all, futures, strict=True)
             if future in pending
         ]
+        return self._late("the devices of", "; ".join(busy), limit_s)
+
+    def _late(self, what: str, busy: str, limit_s: float) -> StalledError:
         return StalledError(
             "TPUManager",
             (),
-            f"the devices of a TPUManager must be done within {limit_s:g} s, got {'; '.join(busy)} "
-            f"({self._where}). HPCPAR_TIMEOUT_S sets the limit in seconds, 0 for none.",
+            f"{what} a TPUManager must be done within {limit_s:g} s, got {busy} ({self._where}). "
+            "HPCPAR_TIMEOUT_S sets the limit in seconds, 0 for none.",
         )
