@@ -33,6 +33,8 @@ LAUNCHED = Path(__file__).resolve().parent / "launched"
 COMM = Path(__file__).resolve().parent / "comm"
 LIMIT_S = 120.0
 LAST_WORDS_S = 2.0
+# Found, not imported; and here, before tests/xla pretends one.
+HAS_XLA = importlib.util.find_spec("torch_xla") is not None
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -63,13 +65,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     elsewhere = [item for item in items if runs_on_another_mpi(item)]
     config.hook.pytest_deselected(items=elsewhere)
     items[:] = [item for item in items if item not in elsewhere]
-    has_xla = importlib.util.find_spec("torch_xla") is not None  # found, not imported
     for item in items:
         if item.path.is_relative_to(LAUNCHED):
             item.add_marker("launch")
         if "large" in item.keywords and not config.getoption("--large"):
             item.add_marker(pytest.mark.skip(reason="needs much memory or time: --large"))
-        if item.get_closest_marker("xla") and not has_xla:  # the folder tests/xla is a keyword, too
+        if item.get_closest_marker("xla") and not HAS_XLA:  # the folder tests/xla is a keyword, too
             item.add_marker(pytest.mark.skip(reason="needs torch-xla: make test-xla"))
         if "cuda" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -5,7 +5,8 @@
     errors  <-  logs  <-  comm  <-  { nn  optim  data  checkpoint  jobs  xla }  <-  cli
 
 A layer may import itself and what is left of it. The ones in braces do not know each other: ``nn`` and
-``optim`` meet through small interfaces of what they hand each other. Only ``comm`` knows mpi4py.
+``optim`` meet through small interfaces of what they hand each other. Only ``comm`` knows mpi4py, and only one
+file of ``xla`` knows torch-xla.
 """
 
 from __future__ import annotations
@@ -63,6 +64,8 @@ def forbidden(path: Path, name: str) -> bool:
     top, *rest = name.split(".")
     if top == "mpi4py":
         return layer_of(path) != "comm"
+    if top == "torch_xla":
+        return path != PACKAGE / "xla/adapter.py"
     if top in {"examples", "benchmarks", "jobs", "tests"}:
         return True
     if top != "hpcpar" or layer_of(path) == "__init__":
@@ -110,6 +113,9 @@ def test_library_never_prints(path: Path) -> None:
         ("optim/daso.py", "hpcpar.nn.data_parallel", True),
         ("comm/communicator.py", "mpi4py.MPI", False),
         ("comm/communicator.py", "hpcpar.nn", True),
+        ("xla/adapter.py", "torch_xla.core.xla_model", False),
+        ("xla/manager.py", "torch_xla", True),
+        ("xla/manager.py", "hpcpar.optim", True),
         ("errors.py", "hpcpar.comm", True),
         ("cli/info.py", "hpcpar.nn", False),
         ("cli/bench.py", "benchmarks.allreduce", True),
@@ -128,6 +134,27 @@ import hpcpar, hpcpar.comm, hpcpar.nn, hpcpar.optim
 for name in "mpi4py.MPI", "torch._dynamo":
     if name in sys.modules:
         sys.exit(f"importing hpcpar has imported {name}")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("how", ["import hpcpar.xla", "hpcpar.xla"])
+def test_without_torch_xla_only_what_needs_it_is_an_error_that_says_what_to_install(how: str) -> None:
+    script = f"""
+import sys
+sys.modules["torch_xla"] = None  # what import finds then is nothing
+import hpcpar, hpcpar.comm, hpcpar.nn, hpcpar.optim
+try:
+    {how}
+except ImportError as error:
+    words = str(error)
+    assert error.name == "torch_xla", error.name
+    assert words.startswith("hpcpar.xla must have torch-xla") and "pip install 'hpcpar[xla]'" in words, words
+else:
+    sys.exit("there was no error")
 """
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=100
