@@ -124,8 +124,13 @@ class DeviceWorker:
     def _run_batch(self, batch: DeviceBatch, *, is_first: bool) -> frozenset[int]:
         used = frozenset[int]()
         for part in batch.parts:
-            with contextlib.nullcontext() if self._has_run else self._compiling:
-                used |= self._built.add(part, is_first=is_first)
+            try:
+                with contextlib.nullcontext() if self._has_run else self._compiling:
+                    used |= self._built.add(part, is_first=is_first)
+            except BaseException as error:
+                # Tensors of an unfinished graph would come into the next one, for as long as its frames live.
+                traceback.clear_frames(error.__traceback__)
+                raise
             self._has_run, is_first = True, False
         return used
 
@@ -157,8 +162,6 @@ class DeviceWorker:
             try:
                 result = work()
             except BaseException as error:  # goes to whoever asked
-                # Tensors of an unfinished graph would come into the next one, for as long as its frames live.
-                traceback.clear_frames(error.__traceback__)
                 future.set_exception(as_exception(error, "the model"))
             else:
                 future.set_result(result)

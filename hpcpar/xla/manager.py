@@ -171,11 +171,11 @@ class TPUManager:
 
         self.model = model
         self._options, self._state, self.devices = look() if comm is None else agree([comm], _SUBJECT, look)
-        self._comm = None if comm is None else comm.Dup()
-        if self._comm is not None:
+        if comm is not None:
             lines = [f"bucket_mb={bucket_mb} transport={transport}", *self._state.describe()]
-            check_alike(self._comm, _SUBJECT, lines)
-            broadcast_packed([*model.parameters(), *model.buffers()], self._comm, 0)
+            check_alike(comm, _SUBJECT, lines)
+            broadcast_packed([*model.parameters(), *model.buffers()], comm, 0)
+        self._comm = None if comm is None else comm.Dup()
         trainable = [self._state.parameters[index] for index in self._state.trainable]
         self._gradients = HostGradients(trainable, self._state.dtype)
         self._sums = StepSums(

@@ -217,8 +217,8 @@ class ModelState:
         parts = torch.split(changes, [buffer.numel() for buffer in tracked])
         for buffer, part in zip(tracked, parts, strict=True):
             if part.any():
-                change = part if buffer.is_floating_point() else part.round()
-                buffer.add_(change.view(buffer.shape).to(buffer.dtype))
+                change = part if buffer.is_floating_point() else part.round().to(torch.int64)
+                buffer.add_(change.view(buffer.shape))
 
 
 def _check_shape(name: str, old: torch.Tensor, new: torch.Tensor) -> None:

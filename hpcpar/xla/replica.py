@@ -154,7 +154,7 @@ class Replica:
         for places, old, base in zip(self._tracked, old_buffers, self._bases, strict=True):
             new = torch.where(microbatch.updates_buffers, places[0].get().detach(), old)
             _set_all(places, new)
-            changes.append(torch.where(new == base, 0, new - base).reshape(-1).to(self._dtype))
+            changes.append(_difference(new, base).reshape(-1).to(self._dtype))
         self._sums = torch.cat([earlier + microbatch.weight * current, *changes])
 
 
@@ -193,6 +193,13 @@ def find_loss(output: Any) -> torch.Tensor:
             "the model's loss must depend on parameters that require a gradient, got one without"
         )
     return loss.reshape(())
+
+
+def _difference(new: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+    """``new - base``, and zero where both are the same, such as infinite."""
+    if not new.is_floating_point():
+        return new.to(torch.int64) - base.to(torch.int64)  # small integers, or unsigned ones, would wrap
+    return torch.where(new == base, 0, new - base)
 
 
 def _set_all(places: list[BufferPlace], tensor: torch.Tensor) -> None:

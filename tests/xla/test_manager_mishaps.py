@@ -85,6 +85,29 @@ def test_stop_iteration_of_what_is_no_iterator_does_not_end_the_epoch(options: A
         manager.step()
 
 
+@pytest.mark.local
+def test_dataset_is_read_on_to_its_end_behind_a_sample_that_fails() -> None:
+    """It is longer than what has been read when the error is raised."""
+
+    class Faulty:
+        def __len__(self) -> int:
+            return 40
+
+        def __getitem__(self, index: int) -> Sample:
+            if index == 2:
+                raise OSError("cannot read")
+            return samples(1)[0]
+
+    seen = 0
+    with TPUManager(Regression(), Faulty(), batch_size_per_device=2, prefetch=1, devices=[0]) as manager:
+        seen += manager.step()[1]
+        with pytest.raises(OSError, match="cannot read"):
+            manager.step()
+        while count := manager.step()[1]:
+            seen += count
+    assert seen == 38
+
+
 class Leaves:
     def __len__(self) -> int:
         return 4
