@@ -203,6 +203,11 @@ class H5Dataset(IterableDataset[Any]):
         if self._progress.set_epoch(epoch):
             self._board.announce(epoch)
 
+    def restart(self) -> None:
+        """Go to the beginning of this epoch, whatever was loaded or handed out. Local."""
+        self._progress.restart()
+        self._board.announce(self._progress.epoch)
+
     def state_dict(self, samples: int | None = None) -> dict[str, Any]:
         """Where the epoch is, to continue it on any number of ranks, if ranks go in step. Local.
 

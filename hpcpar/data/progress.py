@@ -84,6 +84,10 @@ class Progress:
         self.epoch, self._spans, self._cursor = number, self._whole(), None
         return True
 
+    def restart(self) -> None:
+        """Go to the beginning of this epoch."""
+        self._spans, self._cursor = self._whole(), None
+
     def begin(self, *, keep: bool = False) -> Cursor:
         """An iteration starts, at what was loaded, or at the beginning of the epoch.
 

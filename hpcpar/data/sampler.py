@@ -104,6 +104,10 @@ class DistributedSampler(Sampler[int]):
             self._epoch = number
             self._start(0, [])
 
+    def restart(self) -> None:
+        """Go to the beginning of this epoch, whatever was loaded or handed out. Local."""
+        self._start(0, [])
+
     def state_dict(self, samples: int | None = None) -> dict[str, Any]:
         """Where the epoch is, to continue it on any number of ranks, if ranks go in step. Local.
 

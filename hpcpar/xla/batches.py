@@ -159,7 +159,7 @@ class BatchReader:
             # Of its own, or the loader would draw from the global one.
             generator=torch.Generator().manual_seed(int(seeds[0])),
         )
-        return _without_first(iter(loader), late)
+        return _without_first(iter(loader), late, self.batch_size)
 
 
 def _is_map(dataset: Any, sampler: Iterable[int] | None) -> bool:
@@ -176,13 +176,17 @@ def _unended(who: str, function: Callable[[list[Any]], T], argument: list[Any]) 
         raise RuntimeError(f"{who} must not raise StopIteration, got {error!r}") from error
 
 
-def _without_first(batches: Iterator[Batch], samples: int) -> Iterator[Batch]:
+def _without_first(batches: Iterator[Batch], samples: int, batch_size: int) -> Iterator[Batch]:
     """``batches`` without those at the beginning that have so many samples."""
     while samples > 0:
-        batch = next(batches, None)
-        if batch is None:
+        try:
+            batch = next(batches)
+        except StopIteration:
             break
-        samples -= batch.samples
+        except Exception:  # it was raised in the job before, which went on behind it
+            samples -= batch_size
+        else:
+            samples -= batch.samples
     return batches
 
 

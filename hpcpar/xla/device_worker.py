@@ -91,7 +91,7 @@ class DeviceWorker:
         self._feed, self.has_ended, self.taken = feed, False, 0
 
     def close(self) -> None:
-        """End the thread when it is through with what it does; what waits to be done is cancelled."""
+        """End the thread when it is through with what it does; what waits to be done is dropped."""
         self._orders.close()
 
     @property
@@ -128,8 +128,7 @@ class DeviceWorker:
                 with contextlib.nullcontext() if self._has_run else self._compiling:
                     used |= self._built.add(part, is_first=is_first)
             except BaseException as error:
-                # Tensors of an unfinished graph would come into the next one, for as long as its frames live.
-                traceback.clear_frames(error.__traceback__)
+                clear_frames(error)
                 raise
             self._has_run, is_first = True, False
         return used
@@ -167,3 +166,18 @@ class DeviceWorker:
                 future.set_result(result)
             self.doing = "nothing"
             del future, work  # and what they hold, while this thread waits
+
+
+def clear_frames(error: BaseException) -> None:
+    """Let go of what the functions had that an error has ended, and those of the errors that led to it.
+
+    Tensors of an unfinished graph would come into the next one for as long as these frames live.
+    """
+    seen: set[int] = set()
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        current = waiting.pop()
+        if current is not None and id(current) not in seen:
+            seen.add(id(current))
+            traceback.clear_frames(current.__traceback__)
+            waiting += [current.__cause__, current.__context__]

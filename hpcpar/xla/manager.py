@@ -124,6 +124,8 @@ class TPUManager:
     per device. Changes that torch does not count, as those through ``.data`` or numpy, need
     :meth:`update_model_parameters`. Which parameters there are, and which are trained, must stay.
 
+    The tensors in ``.grad`` are the manager's: the next step writes to them again.
+
     Persistent buffers of numbers, such as running means, come back with the gradients: the host's are the
     mean over the devices, weighted by samples, of what each has made of them.
 
@@ -186,9 +188,9 @@ class TPUManager:
             bucket_bytes=int(bucket_mb * 2**20),
             transport=transport,
         )
-        self._position = Position(self._comm, sampler)
+        self._position = Position(self._comm, sampler, dataset)
         self._on_devices: Snapshot | None = None
-        self._is_reading = self._end_was_told = self._is_shut_down = False
+        self._is_reading = self._was_left = self._end_was_told = self._is_shut_down = False
         self._why_unusable = ""
         self._shared_error: Exception | None = None  # raised last, on all ranks together
         self._tally = Tally(self._where)
@@ -218,6 +220,7 @@ class TPUManager:
             When the end was told before, see :meth:`epoch`.
         """
         self._check_usable()
+        self._shared_error = None
         if self._end_was_told:
             raise DatasetEndedError(
                 "TPUManager.step() must have samples, got the end of the dataset, of which the last call has "
@@ -241,7 +244,7 @@ class TPUManager:
         """
         self._end_was_told = False
         if self._is_reading:
-            self._is_reading = False
+            self._is_reading, self._was_left = False, True
             self._position.start_epoch()
         while True:
             loss, samples = self.step()
@@ -289,9 +292,10 @@ class TPUManager:
         Returns
         -------
         dict
-            The same on all ranks. With a sampler that has ``gather_state``, as
-            :class:`hpcpar.data.DistributedSampler`, it continues an epoch on any number of ranks.
+            The same on all ranks. With :class:`hpcpar.data.DistributedSampler` or
+            :class:`hpcpar.data.H5Dataset`, whose place is in it, an epoch continues on any number of ranks.
         """
+        self._check_usable()
         return self._position.state_dict(self._workers.random_states())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -304,14 +308,17 @@ class TPUManager:
         HpcparError
             When an epoch is under way.
         ValueError
-            When the state is of another number of ranks, and the sampler cannot share out the rest.
+            When the state is of another number of ranks, and nothing can share out the rest.
         """
         if self._is_reading:
-            raise HpcparError("load_state_dict() must come before the first step of an epoch, got it later")
+            raise HpcparError(
+                "load_state_dict() must come before the first step of an epoch, got it later; make a new "
+                "manager"
+            )
         states = self._position.load_state_dict(state)
         self._end_was_told = False
         if states is None or len(states) != len(self.devices):
-            states = self._seeds()
+            states = self._seeds
         self._workers.set_random_states(states)
 
     def stats(self) -> ManagerStats:
@@ -344,8 +351,6 @@ class TPUManager:
             self._why_unusable = f"{type(error).__name__} in its with statement"
         self.shutdown()
 
-    # ------------------------------------------------------------------------------------------ making
-
     def _start_workers(self) -> None:
         options, comm = self._options, self._comm
         reader = BatchReader(
@@ -362,26 +367,24 @@ class TPUManager:
         # A manager that is forgotten ends its threads, too.
         self._finalizer = weakref.finalize(self, self._workers.close, _SHORT_CLOSING_S)
         counts = [len(self.devices)] if comm is None else comm.allgather(len(self.devices))
-        self._first_device = sum(counts[: self._position.rank])
+        first = self._options.seed_base + sum(counts[: self._position.rank])
+        self._seeds = list(range(first, first + len(self.devices)))
         self._on_devices = self._state.snapshot()
 
         def build() -> None:
-            self._workers.build(self._state, self._seeds())
+            self._workers.build(self._state, self._seeds)
 
         try:
             build() if comm is None else agree([comm], _SUBJECT, build)
-        except Exception:
+        except BaseException as error:
+            if isinstance(error, StalledError) or not isinstance(error, Exception):
+                self._why_unusable = f"{type(error).__name__} at the start"  # so wait for nobody
             self.shutdown()
             raise
-
-    def _seeds(self) -> list[int]:
-        return [self._options.seed_base + self._first_device + place for place in range(len(self.devices))]
 
     @property
     def _where(self) -> str:
         return f"rank {self._position.rank} of {self._position.size}"
-
-    # -------------------------------------------------------------------------------------- one step
 
     def _check_usable(self) -> None:
         if self._is_shut_down:
@@ -400,7 +403,8 @@ class TPUManager:
             if error is None:
                 raise
             raise error from late  # nobody came to hear of it
-        self._position.go_to(self._workers.taken)
+        if self._is_reading:
+            self._position.go_to(self._workers.taken)
         if totals.failed:
             self._shared_error, is_final = share_failure(self._comm, error, self._where)
             self._on_devices = None  # what the step has done to buffers there is undone
@@ -415,6 +419,10 @@ class TPUManager:
         """What this rank does alone; an error is the second of what is returned, for ranks to share."""
         try:
             self._state.check_kept()
+            if self._was_left:
+                self._workers.leave_epoch()
+                self._position.restart()
+                self._was_left = False
             if not self._is_reading:
                 self._workers.start_epoch(self._position.skipped)
                 self._is_reading = True

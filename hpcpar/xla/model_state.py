@@ -33,9 +33,19 @@ class BufferPlace:
     key: str
 
     def get(self) -> torch.Tensor:
-        """The tensor that is there now. A forward may have put in another one."""
-        tensor = self.owner._buffers[self.key]
-        assert tensor is not None
+        """The tensor that is there now. A forward may have put in another one.
+
+        Raises
+        ------
+        HpcparError
+            When there is none any more.
+        """
+        tensor = self.owner._buffers.get(self.key)
+        if tensor is None:
+            raise HpcparError(
+                f"the model of a TPUManager must keep its buffers, got {self.key!r} of a "
+                f"{type(self.owner).__name__} removed; make a new manager"
+            )
         return tensor
 
     def set(self, tensor: torch.Tensor) -> None:
@@ -95,6 +105,7 @@ class ModelState:
                 )
         self.model = model
         self.parameters = list(model.parameters())
+        self._buffers = all_buffers(model)
         self._requires_grad = [parameter.requires_grad for parameter in self.parameters]
         self.trainable = [i for i, wanted in enumerate(self._requires_grad) if wanted]
         self._names = [name for name, _ in model.named_parameters()]
@@ -116,13 +127,16 @@ class ModelState:
 
     @property
     def buffers(self) -> list[torch.Tensor]:
-        """All of them, as they are now: a forward or the user may have put in others."""
-        return [places[0].get() for places in all_buffers(self.model)]
+        """Those of the beginning, as they are now: a forward or the user may have put in other tensors.
+
+        Buffers that a forward registers for itself, such as a cache, are that model's own affair.
+        """
+        return [places[0].get() for places in self._buffers]
 
     @property
     def tracked(self) -> list[torch.Tensor]:
         """Those that change with training."""
-        return [places[0].get() for places in all_buffers(self.model) if is_tracked(places)]
+        return [places[0].get() for places in self._buffers if is_tracked(places)]
 
     @property
     def modes(self) -> tuple[bool, ...]:
@@ -132,7 +146,7 @@ class ModelState:
     def snapshot(self) -> Snapshot:
         """What there is now. Changes through ``.data``, or by what is not torch, do not show."""
         tensors = (*self.parameters, *self.buffers)
-        marks = tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
+        marks = tuple((t.data_ptr(), -1 if t.is_inference() else t._version) for t in tensors)
         return Snapshot(tensors, marks, self.modes)
 
     def check_kept(self) -> None:

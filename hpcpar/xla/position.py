@@ -9,7 +9,7 @@ What was read ahead is on its way to the devices, so a sampler cannot know what 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -25,8 +25,9 @@ class Position:
     ----------
     comm
         The ranks, or None for this one alone.
-    sampler
-        The manager's; one with ``gather_state`` and ``load_state_dict`` keeps the place in the epoch.
+    keepers
+        The manager's sampler and dataset. The first that has ``gather_state``, ``load_state_dict`` and
+        ``restart``, as those of :mod:`hpcpar.data`, keeps the place in the epoch.
 
     Attributes
     ----------
@@ -36,9 +37,11 @@ class Position:
         Samples of this rank at the beginning of the epoch, which are not to be read again.
     """
 
-    def __init__(self, comm: Communicator | None, sampler: Iterable[int] | None) -> None:
+    def __init__(self, comm: Communicator | None, *keepers: Any) -> None:
         self._comm = comm
-        self._sampler = sampler
+        wanted = ("gather_state", "load_state_dict", "restart")
+        able = (each for each in keepers if all(hasattr(each, name) for name in wanted))
+        self._keeper: Any = next(able, None)
         self.steps = self.samples = self.skipped = 0
         self._taken = 0
         self._is_between_epochs = False
@@ -62,6 +65,11 @@ class Position:
         self.skipped = self._taken = 0
         self._is_between_epochs = True
 
+    def restart(self) -> None:
+        """The keeper goes back to the beginning of its epoch, which was left before its end. Local."""
+        if self._keeper is not None:
+            self._keeper.restart()
+
     def state_dict(self, random_states: list[int]) -> dict[str, Any]:
         """What :meth:`load_state_dict` needs; the same on all ranks. Collective.
 
@@ -72,15 +80,14 @@ class Position:
         """
         own = (self.skipped + self._taken, [hex(state) for state in random_states])  # 64 bits without a sign
         everyone = [own] if self._comm is None else self._comm.allgather(own)
-        gather_state = getattr(self._sampler, "gather_state", None)
-        # Between two epochs the sampler knows best: it may have been told of the next one.
-        taken_of_sampler = None if self._is_between_epochs else self._taken
+        # Between two epochs the keeper knows best: it may have been told of the next one.
+        taken_of_keeper = None if self._is_between_epochs else self._taken
         return {
             "steps": self.steps,
             "samples": self.samples,
             "taken": [taken for taken, _ in everyone],
             "random_states": [states for _, states in everyone],
-            "sampler": None if gather_state is None else gather_state(taken_of_sampler),
+            "keeper": None if self._keeper is None else self._keeper.gather_state(taken_of_keeper),
             "is_between_epochs": self._is_between_epochs,
         }
 
@@ -95,15 +102,14 @@ class Position:
         Raises
         ------
         ValueError
-            When the state is of another number of ranks, and the sampler cannot share out the rest.
+            When the state is of another number of ranks, and nothing can share out the rest.
         """
         taken = [int(own) for own in state["taken"]]
         is_same_size = len(taken) == self.size
-        load_sampler = getattr(self._sampler, "load_state_dict", None)
-        if state["sampler"] is not None and load_sampler is not None:
-            load_sampler(state["sampler"])
-            if state["is_between_epochs"]:
-                _leave_end(self._sampler)
+        if state["keeper"] is not None and self._keeper is not None:
+            self._keeper.load_state_dict(state["keeper"])
+            if state["is_between_epochs"] and len(self._keeper) == 0:
+                self._keeper.restart()  # the next epoch is a whole one
             skipped = 0
         elif any(taken) and not is_same_size:
             raise ValueError(
@@ -117,12 +123,3 @@ class Position:
         if not is_same_size:
             return None
         return [int(text, 16) for text in state["random_states"][self.rank]]
-
-
-def _leave_end(sampler: Any) -> None:
-    """Let a sampler whose epoch is over begin with a new one, as the next iteration of any sampler does.
-
-    It does so once it has been iterated over to its end; here there is nothing left to iterate over.
-    """
-    if len(sampler) == 0:
-        next(iter(sampler), None)

@@ -19,6 +19,8 @@ _WARM_UP = 2  # steps in which new graphs are expected
 class ManagerStats:
     """Counts of a :class:`~hpcpar.xla.TPUManager`; those of transfers and time, of this rank in this job.
 
+    Graphs and transfers are those of the process, in which another manager may be at work as well.
+
     Attributes
     ----------
     steps : int

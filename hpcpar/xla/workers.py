@@ -72,20 +72,22 @@ class Workers:
         self._result([worker.load(state) for worker in self._all])
 
     def start_epoch(self, skip: int) -> None:
-        """Begin to read the dataset, after so many samples. What is left of an epoch under way is dropped.
+        """Begin to read the dataset, after so many samples; an epoch before must have ended, or been left."""
+        self._feed.start_epoch(skip)
+        for worker in self._all:
+            worker.start_epoch(self._feed)
+
+    def leave_epoch(self) -> None:
+        """Drop what is left of the epoch under way; afterwards nobody reads.
 
         Raises
         ------
         StalledError
             At the deadline, when the dataset has not returned by then.
         """
-        if not all(worker.has_ended for worker in self._all):
-            self._feed.close()
-            self._wait_for_readers()
-            self._feed = self._make_feed()
-        self._feed.start_epoch(skip)
-        for worker in self._all:
-            worker.start_epoch(self._feed)
+        self._feed.close()
+        self._wait_for_feed()
+        self._feed = self._make_feed()
 
     @property
     def taken(self) -> int:
@@ -133,7 +135,7 @@ class Workers:
                 raise self._stalled(pending, futures, limit_s)
         return [future.result() for future in futures]
 
-    def _wait_for_readers(self) -> None:
+    def _wait_for_feed(self) -> None:
         start, limit_s = time.monotonic(), timeout_from_environment()
         while busy := [thread for thread in self._feed.threads if thread.is_alive()]:
             busy[0].join(_LOOK_S)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 
 from hpcpar.errors import HpcparError, StalledError
 from hpcpar.xla import TPUManager
@@ -93,14 +94,72 @@ def test_several_devices_accumulate_to_the_gradient_of_all_their_samples(devices
     assert_gradients(model, gradients)
 
 
-def test_epoch_that_a_loop_has_left_begins_anew() -> None:
-    data = samples(12)
+@pytest.mark.parametrize("length", [12, 400])
+def test_epoch_that_a_loop_has_left_begins_anew(length: int, devices: list[torch.device]) -> None:
+    """Whether or not the dataset had been read to its end by then."""
+    data = samples(length)
     model = Regression()
-    with make(model, data) as manager:
+    with make(model, data, devices=None, prefetch=2) as manager:
         for _ in manager.epoch():
             break
-        losses = [loss for loss, _ in manager.epoch()]
-    close(losses, [reference(model, data[first : first + 4])[0] for first in (0, 4, 8)])
+        again = manager.epoch()
+        losses = [next(again)[0]]
+        losses += [loss for loss, _ in manager.epoch()]
+    number = 4 * len(devices)
+    expected = [reference(model, data[first : first + number])[0] for first in range(0, length, number)]
+    close(losses, [expected[0], *expected])
+
+
+def test_dataset_that_blocks_while_its_epoch_is_left_is_an_error_at_the_deadline(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    go_on = threading.Event()
+
+    def stream() -> Iterator[Sample]:
+        yield from BATCH
+        go_on.wait(60.0)
+
+    manager = make(Regression(), stream())
+    for _ in manager.epoch():
+        break
+    monkeypatch.setenv("HPCPAR_TIMEOUT_S", "0.5")
+    with pytest.raises(StalledError, match=r"the dataset of a TPUManager .* got hpcpar xla reader busy"):
+        next(manager.epoch())
+    go_on.set()
+    manager.shutdown()
+
+
+def test_error_before_the_first_step_of_an_epoch_takes_nothing_from_it() -> None:
+    model = Regression()
+    with make(model, samples(12)) as manager:
+        assert len(list(manager.epoch())) == 3
+        weight = model.first.weight
+        model.first.weight = nn.Parameter(weight.detach().clone())
+        with pytest.raises(HpcparError, match="must keep its parameters"):
+            next(manager.epoch())
+        model.first.weight = weight
+        state = manager.state_dict()
+    with make(model, samples(12)) as manager:
+        manager.load_state_dict(state)
+        assert len(list(manager.epoch())) == 3
+
+
+def test_model_may_register_a_cache_in_its_forward_and_be_evaluated_on_the_host() -> None:
+    class Caches(Regression):
+        def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+            if not hasattr(self, "cache"):
+                self.register_buffer("cache", torch.ones(FEATURES, device=x.device), persistent=False)
+            return super().forward(x * self.cache, y)
+
+    model = Caches()
+    with make(model) as manager:
+        manager.step()
+        batch = default_collate(BATCH)
+        with torch.inference_mode():
+            model(**batch)
+        manager.zero_grad()
+        manager.step()
+    assert_gradients(model, reference(model, BATCH)[1])
 
 
 # ---- parameters --------------------------------------------------------------------------------------------
@@ -336,14 +395,15 @@ def test_forgotten_managers_may_be_found_by_one_of_their_threads(monkeypatch: py
 
 
 def test_dataset_that_blocks_is_an_error_at_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HPCPAR_TIMEOUT_S", "0.5")
     go_on = threading.Event()
 
     def stream() -> Iterator[Sample]:
-        yield from BATCH
+        yield from 3 * BATCH
         go_on.wait(60.0)
 
     manager = make(Regression(), stream(), grad_accumulation_steps=2)
+    manager.step()  # what is compiled is compiled
+    monkeypatch.setenv("HPCPAR_TIMEOUT_S", "0.5")
     device = manager.devices[0]
     words = f"within 0.5 s, got {device} is waiting for batch 2 of a step from the dataset"
     with pytest.raises(StalledError, match=words) as caught:

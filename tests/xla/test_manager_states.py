@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import h5py
+import numpy as np
 import pytest
 import torch
 
 from hpcpar.checkpoint import load, save
 from hpcpar.comm import MPI, Communicator
-from hpcpar.data import DistributedSampler
+from hpcpar.data import DistributedSampler, H5Dataset
 from hpcpar.errors import HpcparError
 from hpcpar.xla import TPUManager
 from tests.xla.models import Regression, Tally, assert_parameters, close, shares
@@ -195,3 +197,50 @@ def test_epoch_without_a_sampler_needs_as_many_ranks(comm: Communicator) -> None
     with pytest.raises(ValueError, match=f"on {comm.size + 1} ranks must go on on as many, got {comm.size}"):
         other.manager.load_state_dict(state)
     other.manager.shutdown()
+
+
+def test_epoch_that_was_loaded_and_left_begins_at_its_beginning(comm: Communicator) -> None:
+    """The dataset is longer than what is read ahead, so nobody has come to its end."""
+    length = 80 * comm.size
+    options: dict[str, Any] = {"batch_size_per_device": BATCH, "devices": [0], "prefetch": 2, "comm": comm}
+    model, sampler = Tally(length), DistributedSampler(length, comm)
+    with TPUManager(model, list(range(length)), sampler=sampler, **options) as manager:
+        seen_in(model, manager, steps=3)
+        state = manager.state_dict()
+    model, sampler = Tally(length), DistributedSampler(length, comm)
+    with TPUManager(model, list(range(length)), sampler=sampler, **options) as manager:
+        manager.load_state_dict(state)
+        seen_in(model, manager, steps=2)
+        close(seen_in(model, manager, steps=-1), torch.ones(length))
+
+
+def test_epoch_of_a_file_goes_on_on_another_number_of_ranks(comm: Communicator, path: Path) -> None:
+    """What has been read ahead of the steps is not lost."""
+    length = 40 * comm.size + 1
+    file = path.with_name("data.h5")
+    if comm.rank == 0:
+        with h5py.File(file, "w") as target:
+            target["index"] = np.arange(length)
+    comm.Barrier()
+    options: dict[str, Any] = {"batch_size_per_device": BATCH, "devices": [0], "prefetch": 3}
+    model = Tally(length)
+    with (
+        H5Dataset(file, "index", comm, seed=2) as dataset,
+        TPUManager(model, dataset, comm=comm, **options) as manager,
+    ):
+        seen = seen_in(model, manager, steps=4)
+        save(path, {"manager": manager}, comm)
+    fewer = fewer_ranks(comm)
+    if fewer is None:
+        return
+    model = Tally(length)
+    with (
+        H5Dataset(file, "index", fewer, seed=2) as dataset,
+        TPUManager(model, dataset, comm=fewer, **options) as manager,
+    ):
+        load(path, {"manager": manager}, fewer)
+        seen += seen_in(model, manager, steps=-1)
+        close(seen, torch.ones(length))
+        close(seen_in(model, manager, steps=2).sum().item(), 4.0 * fewer.size)
+        close(seen_in(model, manager, steps=-1), torch.ones(length))
+    fewer.Free()
