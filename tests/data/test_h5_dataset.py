@@ -222,6 +222,17 @@ def test_a_look_at_the_first_batch_does_not_use_up_what_was_loaded(tmp_path: Pat
     assert len(second) == 100 and numbers(second.batches(8)) == expected
 
 
+@pytest.mark.parametrize("steps", [0, 2, 5])
+def test_a_restart_forgets_what_was_loaded_and_handed_out(tmp_path: Path, steps: int) -> None:
+    path = write(tmp_path / "a.h5", 100)
+    first, second = H5Dataset(path, BOTH, shuffle=True), H5Dataset(path, BOTH, shuffle=True)
+    expected = numbers(first)
+    second.load_state_dict(first.state_dict(60))
+    numbers(islice(second.batches(8), steps))
+    second.restart()
+    assert len(second) == 100 and numbers(second.batches(8)) == expected
+
+
 def test_what_drop_last_leaves_out_counts_as_taken(tmp_path: Path) -> None:
     data = H5Dataset(write(tmp_path / "a.h5", 100), BOTH)
     other = H5Dataset(tmp_path / "a.h5", BOTH)

@@ -73,6 +73,17 @@ def test_a_look_at_the_first_index_does_not_use_up_what_was_loaded() -> None:
 
 
 @local
+@pytest.mark.parametrize("steps", [0, 3, 5])
+def test_a_restart_forgets_what_was_loaded_and_handed_out(steps: int) -> None:
+    own, other = sampler(20), sampler(20)
+    other.load_state_dict(own.state_dict(15))
+    for _ in islice(other, steps):
+        continue
+    other.restart()
+    assert len(other) == 20 and list(other) == list(own)
+
+
+@local
 def test_global_batches_do_not_depend_on_the_number_of_ranks() -> None:
     def batches(ranks: int) -> list[set[int]]:
         shares = [list(sampler(24, rank, ranks)) for rank in range(ranks)]
