@@ -45,6 +45,7 @@ __all__ = [
     "LaunchResult",
     "Launched",
     "Launcher",
+    "check_ended_badly",
     "find_launcher",
     "launch",
     "launched_rank",
@@ -74,6 +75,13 @@ class LaunchResult:
     stderr: str
     duration_s: float
     timed_out: bool
+
+
+def check_ended_badly(result: LaunchResult) -> None:
+    """The job has failed by itself, in time and without a crash of the interpreter."""
+    assert not result.timed_out, result.stderr
+    assert result.returncode != 0, result.stderr
+    assert "terminate called" not in result.stderr, result.stderr
 
 
 @dataclass(frozen=True)

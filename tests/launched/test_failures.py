@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launching import Job, Launched, Launcher, LaunchResult, find_launcher, launch
+from tests.launching import Job, Launched, Launcher, LaunchResult, check_ended_badly, find_launcher, launch
 
 RANKS = 3
 SOON_S = 40.0  # far above what any of these takes, far below the default deadline of ten minutes
@@ -26,11 +26,6 @@ comm.Barrier()
 
 def run(body: str, *, timeout_s: str = "3", ranks: int = RANKS) -> LaunchResult:
     return launch(ranks, PREPARE + body, env={"HPCPAR_TIMEOUT_S": timeout_s}, timeout_s=SOON_S)
-
-
-def check_ended_badly(result: LaunchResult) -> None:
-    assert not result.timed_out, result.stderr
-    assert result.returncode != 0, result.stderr
 
 
 def test_exception_on_one_rank_ends_the_job() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 
-from tests.launching import Launched, LaunchResult, launch
+from tests.launching import Launched, LaunchResult, check_ended_badly, launch
 
 RANKS = 3
 SOON_S = 40.0  # far above what any of these takes, far below the default deadline of ten minutes
@@ -50,11 +50,6 @@ def train(steps=10**9):
 
 def run(body: str, *, timeout_s: str = "600") -> LaunchResult:
     return launch(RANKS, PREPARE + body, env={"HPCPAR_TIMEOUT_S": timeout_s}, timeout_s=SOON_S)
-
-
-def check_ended_badly(result: LaunchResult) -> None:
-    assert not result.timed_out, result.stderr
-    assert result.returncode != 0, result.stderr
 
 
 def test_exception_in_a_stage_ends_the_job_with_its_cause() -> None:
