@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, Sampler, default_collate
 
-__all__ = ["Batch", "BatchReader", "Microbatch", "ShortBatch"]
+__all__ = ["Batch", "BatchReader", "Microbatch", "ShortBatch", "is_map"]
 
 T = TypeVar("T")
 
@@ -122,7 +122,7 @@ class BatchReader:
         seed: Sequence[int] = (0,),
     ) -> None:
         self.batch_size = batch_size
-        self._is_stream = not _is_map(dataset, sampler)
+        self._is_stream = not (is_map(dataset) and (sampler is not None or hasattr(dataset, "__len__")))
         self._source = dataset
         self._order = sampler if sampler is not None else _InOrder(dataset)
         self._collate = _Collate(collate_fn or default_collate, batch_size, short_batch == "pad")
@@ -162,10 +162,9 @@ class BatchReader:
         return _without_first(iter(loader), late, self.batch_size)
 
 
-def _is_map(dataset: Any, sampler: Iterable[int] | None) -> bool:
-    if isinstance(dataset, IterableDataset):
-        return False
-    return hasattr(dataset, "__getitem__") and (sampler is not None or hasattr(dataset, "__len__"))
+def is_map(dataset: Any) -> bool:
+    """Whether it has samples by index. An ``IterableDataset`` inherits the method, but has none. Local."""
+    return hasattr(dataset, "__getitem__") and not isinstance(dataset, IterableDataset)
 
 
 def _unended(who: str, function: Callable[[list[Any]], T], argument: list[Any]) -> T:

@@ -19,10 +19,8 @@ from hpcpar.errors import HpcparError
 
 __all__ = ["BufferPlace", "ModelState", "Snapshot", "all_buffers", "is_tracked"]
 
-_COMMUNICATING = (
-    "hpcpar.nn.",
-    "torch.nn.parallel.",
-)  # modules that do what a manager does, or need all ranks
+# Where the modules are that do what a manager does, or need all ranks.
+_COMMUNICATING = ("hpcpar.nn.", "torch.nn.parallel.")
 
 
 @dataclass(frozen=True)
@@ -164,8 +162,7 @@ class ModelState:
                 "the model of a TPUManager must keep its parameters, got others than when it was made; copy "
                 "new values into them, or make a new manager"
             )
-        frozen = [p.requires_grad for p in now] != self._requires_grad
-        if frozen:
+        if [parameter.requires_grad for parameter in now] != self._requires_grad:
             raise HpcparError(
                 "the model of a TPUManager must keep requires_grad of its parameters, got it changed; make a "
                 "new manager"
@@ -184,6 +181,8 @@ class ModelState:
 
         Raises
         ------
+        TypeError
+            When one is no tensor.
         ValueError
             When there are more or fewer than parameters, or one has another shape.
         """

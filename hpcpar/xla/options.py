@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from hpcpar.xla import adapter
-from hpcpar.xla.batches import ShortBatch
+from hpcpar.xla.batches import ShortBatch, is_map
 
 __all__ = ["ManagerOptions", "choose_devices"]
 
@@ -53,14 +53,13 @@ class ManagerOptions:
             )
         if self.collate_fn is not None and not callable(self.collate_fn):
             raise TypeError(f"collate_fn must be callable, got {type(self.collate_fn).__name__}")
-        if self.sampler is not None and not hasattr(self.dataset, "__getitem__"):
+        if self.sampler is not None and not is_map(self.dataset):
             raise TypeError("a sampler must come with a map-style dataset, got one without indices")
         if self.short_batch not in get_args(ShortBatch):
             raise ValueError(f"short_batch must be one of {get_args(ShortBatch)}, got {self.short_batch!r}")
         if not 0 < self.bucket_mb < math.inf:
             raise ValueError(f"bucket_mb must be a number above 0, got {self.bucket_mb}")
-        is_plain = hasattr(self.dataset, "__iter__") and not isinstance(self.dataset, IterableDataset)
-        if self.num_workers and is_plain and not hasattr(self.dataset, "__getitem__"):
+        if self.num_workers and not is_map(self.dataset) and not isinstance(self.dataset, IterableDataset):
             raise TypeError(
                 "with num_workers, dataset must be map-style or an IterableDataset that shares its samples "
                 f"among workers, got {type(self.dataset).__name__}, of which each would read all"

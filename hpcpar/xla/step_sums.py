@@ -83,7 +83,6 @@ class StepSums:
         transport: str,
     ) -> None:
         self._gradient_numel = sum(sizes)
-        self._parameters = len(sizes)
         piece = max(1, bucket_bytes // dtype.itemsize)
         self._pieces = [
             (first, min(piece, self._gradient_numel - first))
@@ -159,14 +158,16 @@ class StepSums:
             self._reducer.free()
 
     def _fill_head(self, live: Sequence[Contribution], *, failed: bool) -> None:
-        head = self._flats[0].zero_()
+        # As a list first: a model may have thousands of parameters, and each write to a tensor costs.
+        head = [0.0] * self._flats[0].numel()
         head[_FAILED] = float(failed)
         for each in live:
             assert each.sums is not None
-            head[_LOSS] += each.sums[self._gradient_numel]
+            head[_LOSS] += each.sums[self._gradient_numel].item()
             head[_SAMPLES] += each.samples
             for index in each.used:
                 head[_HEAD + index] += 1.0
+        self._flats[0].copy_(torch.tensor(head, dtype=torch.float64))
 
     def _fill(self, flat: torch.Tensor, live: Sequence[Contribution], first: int, length: int) -> None:
         """Add a piece of all devices' sums. Buffers count by the samples that their device has seen."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -200,6 +201,13 @@ def test_models_must_be_alike_on_all_ranks(comm: Communicator) -> None:
         TPUManager(model, samples(1), comm=comm)
 
 
+class Endless(torch.utils.data.IterableDataset[int]):
+    """It has no indices, though it inherits a method for them."""
+
+    def __iter__(self) -> Iterator[int]:
+        return itertools.count()
+
+
 WRONG: dict[str, tuple[type[Exception], dict[str, Any]]] = {
     "batch size": (ValueError, {"batch_size_per_device": 0}),
     "type of a number": (TypeError, {"grad_accumulation_steps": 1.5}),
@@ -214,6 +222,7 @@ WRONG: dict[str, tuple[type[Exception], dict[str, Any]]] = {
     "bucket": (ValueError, {"bucket_mb": -1}),
     "loader": (TypeError, {"dataset": torch.utils.data.DataLoader([1, 2])}),
     "sampler of a stream": (TypeError, {"dataset": iter([1]), "sampler": [0]}),
+    "sampler of an iterable dataset": (TypeError, {"dataset": Endless(), "sampler": [0]}),
 }
 
 
