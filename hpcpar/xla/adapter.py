@@ -34,8 +34,8 @@ try:
 except (ImportError, OSError) as error:  # OSError: a library that does not fit this torch
     raise ImportError(
         "hpcpar.xla must have torch-xla, of the same release as torch, got "
-        f"{type(error).__name__}: {error}. Install a torch_xla and the torch of the same release, "
-        f"such as: pip install torch==2.9.0 torch_xla==2.9.0; torch here is {torch.__version__}",
+        f"{type(error).__name__}: {error}. Install both, such as: pip install 'hpcpar[xla]' torch==2.9.0 "
+        f"torch_xla==2.9.0; torch here is {torch.__version__}",
         name="torch_xla",
     ) from error
 
